@@ -1,0 +1,1 @@
+"""The Flax (JAX, flax.nnx) backend of gemma_hub."""

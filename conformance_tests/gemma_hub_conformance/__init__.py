@@ -1,0 +1,1 @@
+"""The conformance suite of gemma_hub: is this backend the same Gemma?"""

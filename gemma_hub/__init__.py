@@ -1,0 +1,1 @@
+"""The same Gemma, in any framework, with a proof."""

@@ -1,0 +1,1 @@
+"""Checkpoints: folders of config.json, *.safetensors and a vocabulary, mapped and checked."""

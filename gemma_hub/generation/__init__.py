@@ -1,0 +1,1 @@
+"""Generation: settings, random bits, sampling rules and the loop, specified once in NumPy."""

@@ -1,0 +1,44 @@
+"""What a plug-in tells the core about itself, without importing any array framework."""
+
+from dataclasses import dataclass
+
+API_VERSION = (1, 0)
+"""Version of the plug-in contract that this core speaks: (major, minor)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSpec:
+    """One backend.
+
+    Attributes:
+        name: the name users type: lower case letters, digits and underscores.
+        api_version: version of the contract it was written for, as "major.minor".
+        factory: "module:Class" of the `Backend`; imported only when the backend is loaded.
+        features: names from `gemma_hub.backend.FEATURES` that it supports.
+        dtypes: compute types that it supports, the preferred one first.
+        requires: distributions it needs, as PEP 508 strings; checked from metadata alone.
+        summary: one line for `gemma-hub backends`.
+    """
+
+    name: str
+    api_version: str
+    factory: str
+    features: frozenset[str] = frozenset()
+    dtypes: tuple[str, ...] = ("float32",)
+    requires: tuple[str, ...] = ()
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSpec:
+    """One installed checkpoint that users load by name.
+
+    Attributes:
+        name: the name users type ("tiny").
+        path: the folder, in the Hugging Face layout.
+        summary: one line for `gemma-hub doctor`.
+    """
+
+    name: str
+    path: str
+    summary: str = ""

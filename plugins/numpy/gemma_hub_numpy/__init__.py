@@ -1,0 +1,1 @@
+"""The float64 reference of gemma_hub, as an ordinary plug-in."""
