@@ -1,0 +1,54 @@
+"""Positions, masks and scaled dot-product attention. Twin: gemma_hub_flax/attention.py, line for line.
+
+Axes: B batch, T queries, S key slots, N query heads, K key/value heads, G = N / K, H head size.
+"""
+
+import torch
+from torch import Tensor
+
+from gemma_hub.config import GemmaConfig
+
+# Finite, so that a row that sees nothing is a plain average and not NaN.
+MASKED = -2.0e38
+
+
+def rope_angles(position_ids: Tensor, config: GemmaConfig) -> Tensor:
+    """Rotary angles in radians, (B, T, H / 2) float32, of integer positions (B, T)."""
+    H = config.head_dim
+    exponents = torch.arange(0, H, 2, dtype=torch.float32, device=position_ids.device) / H
+    frequencies = 1.0 / config.rope_theta**exponents
+    positions = position_ids.to(torch.float32) / config.rope_factor
+    return positions[:, :, None] * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x (B, T, N, H) with the pair (i, i + H / 2) turned by angles (B, T, H / 2); in float32."""
+    cos = torch.cos(angles)[:, :, None]
+    sin = torch.sin(angles)[:, :, None]
+    first, second = torch.chunk(x.to(torch.float32), 2, -1)
+    y = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return y.to(x.dtype)
+
+
+def causal_mask(valid: Tensor, start: int, num_queries: int) -> Tensor:
+    """(B, T, S) bool: query t, in slot start + t, sees the valid (B, S) slots up to its own."""
+    slots = torch.arange(valid.shape[1], device=valid.device)
+    queries = start + torch.arange(num_queries, device=valid.device)
+    return valid[:, None, :] & (slots[None, None, :] <= queries[None, :, None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S); (B, T, N, H)."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = product("BTKGH,BSKH->BKGTS", q, k) * scale
+    scores = torch.where(mask[:, None, None], scores, MASKED)
+    probs = torch.softmax(scores, -1).to(v.dtype)
+    out = product("BKGTS,BSKH->BTKGH", probs, v).to(v.dtype)
+    return out.reshape(B, T, N, H)
+
+
+def product(subscripts: str, a: Tensor, b: Tensor) -> Tensor:
+    """Einsum of a and b in float32, whatever their dtype."""
+    return torch.einsum(subscripts, a.to(torch.float32), b.to(torch.float32))

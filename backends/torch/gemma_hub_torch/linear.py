@@ -1,0 +1,41 @@
+"""Matrices by which rows are multiplied: stored as [out, in], as in the checkpoint.
+
+Twin: gemma_hub_flax/linear.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`linear` with parameters of its own, drawn from normal(0, std)."""
+
+    def __init__(self, size_in: int, size_out: int, *, std: float, bias: bool = False) -> None:
+        self.std = std
+        super().__init__(size_in, size_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    """One row of `weight` (V, D) per id, drawn from normal(0, std)."""
+
+    def __init__(self, num_rows: int, size: int, *, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)

@@ -1,0 +1,19 @@
+"""The entry point: says what the torch backend is, without importing torch."""
+
+from gemma_hub.plugins.hookspecs import hookimpl
+from gemma_hub.plugins.spec import BackendSpec
+
+
+@hookimpl
+def gemma_hub_backends() -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="torch",
+            api_version="1.0",
+            factory="gemma_hub_torch.backend:TorchBackend",
+            features=frozenset({"cache", "export", "inputs_embeds"}),
+            dtypes=("float32", "bfloat16", "float16"),
+            requires=("torch>=2.6",),
+            summary="PyTorch: torch.nn.Module, CPU and CUDA",
+        )
+    ]
