@@ -176,13 +176,13 @@ def _positions(array: np.ndarray, mask: np.ndarray | None) -> list[tuple[int, ..
 
 
 def _norm(rows: Float64) -> Float64:
-    return np.sqrt(np.sum(np.square(rows), axis=-1))
+    return np.asarray(np.sqrt(np.sum(np.square(rows), axis=-1)), np.float64)
 
 
 def _scale(true: Float64) -> Float64:
     # A token whose every value is 0 has no relative error; there the absolute one is taken.
     norm = _norm(true)
-    return np.where(norm > 0, norm, 1.0)
+    return np.asarray(np.where(norm > 0, norm, 1.0), np.float64)
 
 
 def _rms(values: Float64, axis: int | None = None) -> Float64:
