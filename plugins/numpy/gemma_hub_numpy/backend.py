@@ -1,0 +1,164 @@
+"""The backend "numpy": the contract of gemma_hub around `Reference` and `Witness`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from gemma_hub.backend import BuildOptions, Cache, TaskSpec
+from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import CheckpointError, InputError, UnsupportedFeature, first_ten, nearest
+from gemma_hub.inputs import ModelInputs
+from gemma_hub.outputs import ModelOutputs
+from gemma_hub.parameters import DTYPES, Index, Shape, Weights, parameter_shapes
+from gemma_hub_numpy.model import Reference, Witness
+
+NAME = "numpy"
+DEVICE = "cpu"
+
+
+class NumpyBackend:
+    """Builds the float64 reference, or for a narrower type one witness of it."""
+
+    def devices(self) -> Sequence[str]:
+        return (DEVICE,)
+
+    def build(
+        self, config: GemmaConfig, task: TaskSpec, weights: Weights, options: BuildOptions
+    ) -> "NumpyModel":
+        """A model that reads `weights` as it runs.
+
+        Args:
+            config: the model's configuration.
+            task: "causal_lm".
+            weights: the parameters; must stay readable as long as the model is used.
+            options: dtype "float64" gives `Reference`; "float32", "bfloat16" and "float16" give
+                `Witness`, with extra={"witness": seed}, seed 0 if not given.
+
+        Raises:
+            UnsupportedFeature: another task, or a config that needs a feature this lacks.
+            InputError: a device, a dtype or an extra option that there is not.
+            CheckpointError: parameters are missing or have the wrong shape.
+        """
+        if task.name != "causal_lm":
+            raise UnsupportedFeature(task.name, NAME, "It builds the task 'causal_lm'.")
+        if config.use_qk_norm:
+            raise UnsupportedFeature("qk_norm", NAME, "Use a backend that lists it.")
+        _check_options(options)
+        _check_weights(config, weights)
+        held = CastWeights(config, weights, options.dtype)
+        if options.dtype == "float64":
+            return NumpyModel(Reference(config, held))
+        seed = options.extra.get("witness", 0)
+        return NumpyModel(Witness(config, held, options.dtype, seed))
+
+
+class NumpyModel:
+    """One checkpoint in NumPy.
+
+    Attributes:
+        native: the `Reference` or `Witness`.
+        device: "cpu".
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.native = reference
+        self.device = DEVICE
+
+    def forward(self, inputs: ModelInputs) -> ModelOutputs:
+        return self._typed(self.native.run(inputs))
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        return Cache.empty(self.native.new_cache(batch_size, max_length), batch_size, max_length)
+
+    def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
+        valid = cache.admit(inputs)
+        outputs = self.native.run(inputs, valid, cache.length, cache.arrays)
+        return self._typed(outputs), cache.advanced(inputs, cache.arrays)
+
+    def export(self) -> Weights:
+        return self.native.weights
+
+    def to_numpy(self, array: np.ndarray) -> np.ndarray:
+        """`array`, with bfloat16 and float16 as float32; float64 stays float64."""
+        return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
+
+    def _typed(self, outputs: ModelOutputs) -> ModelOutputs:
+        """Outputs in the types of the contract; the reference keeps its logits in float64."""
+        if self.native.dtype == "float64":
+            return replace(outputs, as_numpy=self.to_numpy)
+        states = outputs.hidden_states
+        kind = DTYPES[self.native.dtype]
+        return ModelOutputs(
+            outputs.logits.astype(np.float32),
+            None if states is None else tuple(state.astype(kind) for state in states),
+            self.to_numpy,
+        )
+
+
+class CastWeights:
+    """Another `Weights`, each tensor cast to one type when it is read: no copy of the model."""
+
+    def __init__(self, config: GemmaConfig, weights: Weights, dtype: str) -> None:
+        self._weights = weights
+        self._shapes = parameter_shapes(config)
+        self._dtype = dtype
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> Shape:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        if name not in self._shapes:
+            raise KeyError(name)
+        return self._dtype
+
+    def read(self, name: str, index: Index = None) -> np.ndarray:
+        return self._weights.read(name, index).astype(DTYPES[self._dtype], copy=False)
+
+
+def _check_options(options: BuildOptions) -> None:
+    if options.device not in ("auto", DEVICE):
+        raise InputError(f"device is {options.device!r}; the backend 'numpy' has only {DEVICE!r}.")
+    if options.dtype not in DTYPES:
+        raise InputError(
+            f"dtype is {options.dtype!r}; the backend 'numpy' has {', '.join(DTYPES)}."
+        )
+    for name in options.extra:
+        if name != "witness":
+            raise InputError(
+                f"{name!r} is not an option of the backend 'numpy', which has only 'witness' (an "
+                f"integer seed). {nearest(name, ['witness'])}".rstrip()
+            )
+    if "witness" in options.extra:
+        seed = options.extra["witness"]
+        if type(seed) is not int or seed < 0:
+            raise InputError(f"witness is {seed!r}; expected a seed, an integer from 0 up.")
+        if options.dtype == "float64":
+            raise InputError(
+                "witness is given with dtype 'float64'; the reference rounds nothing. Leave it out, "
+                "or ask for float32, bfloat16 or float16."
+            )
+
+
+def _check_weights(config: GemmaConfig, weights: Weights) -> None:
+    names = set(weights.names())
+    expected = parameter_shapes(config)
+    missing = expected.keys() - names
+    misshapen = [
+        f"{name} {weights.shape(name)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in names and tuple(weights.shape(name)) != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing: {first_ten(missing)}")
+    if misshapen:
+        problems.append(f"with the wrong shape: {first_ten(misshapen)}")
+    if problems:
+        raise CheckpointError(
+            f"The weights do not fit the config; parameters {'; '.join(problems)}. "
+            "Give the config.json that belongs to these weights."
+        )
