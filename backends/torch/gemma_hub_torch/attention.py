@@ -1,4 +1,4 @@
-"""Positions, masks and scaled dot-product attention. Twin: gemma_hub_flax/attention.py, line for line.
+"""Positions, masks and scaled dot-product attention. Twin: gemma_hub_flax/attention.py.
 
 Axes: B batch, T queries, S key slots, N query heads, K key/value heads, G = N / K, H head size.
 """

@@ -13,9 +13,9 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import ArrayWeights, Weights
-from gemma_hub_torch.cache import LayerCache, empty_cache
-from gemma_hub_torch.model import GemmaForCausalLM
+from gemma_hub.parameters import ArrayWeights, Weights, parameter_shapes
+from gemma_hub_torch.cache import empty_cache
+from gemma_hub_torch.model import Caches, GemmaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +31,7 @@ class TorchBackend:
     def build(
         self, config: GemmaConfig, task: TaskSpec, weights: Weights, options: BuildOptions
     ) -> "TorchModel":
-        """A model whose parameters are the mapped tensors of `weights` where dtype and device allow.
+        """A model whose parameters are the mapped tensors of `weights` where that can be.
 
         Raises:
             UnsupportedFeature: the config or the task needs something that is not here.
@@ -105,8 +105,11 @@ class TorchModel:
         return outputs, cache.advanced(inputs, arrays)
 
     def export(self) -> Weights:
-        """The parameters under their canonical names, as views of the module's own where possible."""
-        return ArrayWeights({name: as_array(p) for name, p in named_parameters(self.native)})
+        """The parameters under their canonical names, as views where possible."""
+        parameters = dict(named_parameters(self.native))
+        return ArrayWeights(
+            {name: as_array(parameters[name]) for name in parameter_shapes(self.config)}
+        )
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
         """A tensor of this model in NumPy; 16-bit floats become float32."""
@@ -118,15 +121,13 @@ class TorchModel:
         self,
         inputs: ModelInputs,
         valid: Tensor,
-        cache: tuple[LayerCache, ...] | None,
+        cache: Caches | None,
         start: int,
-    ) -> tuple[ModelOutputs, tuple[LayerCache, ...] | None]:
-        ids, embeds = inputs.input_ids, inputs.inputs_embeds
+    ) -> tuple[ModelOutputs, Caches]:
         logits, hidden_states, cache = self.native(
-            None if ids is None else self._to_device(ids).to(torch.int64),
+            self._ids_or_embeddings(inputs),
             self._to_device(inputs.position_ids),
             valid,
-            None if embeds is None else self._to_device(embeds).to(self.dtype),
             cache,
             start,
             inputs.logits_to_keep,
@@ -134,7 +135,12 @@ class TorchModel:
         states = hidden_states if inputs.output_hidden_states else None
         return ModelOutputs(logits, states, self.to_numpy), cache
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
+    def _ids_or_embeddings(self, inputs: ModelInputs) -> Tensor:
+        if inputs.inputs_embeds is None:
+            return self._to_device(inputs.input_ids).to(torch.int64)
+        return self._to_device(inputs.inputs_embeds).to(self.dtype)
+
+    def _to_device(self, array: np.ndarray | None) -> Tensor:
         return torch.tensor(array, device=self.device)
 
 

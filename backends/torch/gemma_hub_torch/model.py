@@ -2,7 +2,7 @@
 
 Parameter names and layouts are those of the Hugging Face checkpoint. What each cast is for:
 docs/explanation/numerics.md.
-Axes: B batch, T tokens, S key slots, D width, N query heads, K key/value heads, H head size, V words.
+Axes: B batch, T tokens, S key slots, D width, N query heads, K key/value heads, H head size.
 """
 
 import torch
@@ -13,6 +13,8 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub_torch.attention import attend, causal_mask, rope_angles, rotate
 from gemma_hub_torch.cache import LayerCache, append, filled
 from gemma_hub_torch.linear import Embedding, Linear, linear
+
+Caches = tuple[LayerCache | None, ...]
 
 
 class RMSNorm(nn.Module):
@@ -110,36 +112,34 @@ class GemmaModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
+        inputs: Tensor,
         position_ids: Tensor,
         valid: Tensor,
-        inputs_embeds: Tensor | None = None,
-        cache: tuple[LayerCache, ...] | None = None,
+        cache: Caches | None = None,
         start: int = 0,
-    ) -> tuple[tuple[Tensor, ...], tuple[LayerCache, ...] | None]:
+    ) -> tuple[tuple[Tensor, ...], Caches]:
         """Hidden states, num_layers + 1 entries with the final norm's last, and the cache.
 
         Args:
-            input_ids: (B, T) ids, or None with `inputs_embeds`.
+            inputs: (B, T) ids, or (B, T, D) unscaled embeddings.
             position_ids: (B, T) integers.
             valid: (B, S) bool, the slots that hold real tokens; S = T without a cache.
-            inputs_embeds: (B, T, D) unscaled embeddings.
-            cache: one `LayerCache` per layer.
+            cache: one `LayerCache` per layer; None without a cache.
             start: slot of the first token.
         """
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed_tokens(inputs) if inputs.ndim == 2 else inputs
         scale = torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         x = x * scale
         angles = rope_angles(position_ids, self.config)
         mask = causal_mask(valid, start, x.shape[1])
         hidden_states = [x]
         new_cache = []
-        for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, angles, mask, None if cache is None else cache[i], start)
+        for layer, old in zip(self.layers, cache or (None,) * len(self.layers), strict=True):
+            x, new = layer(x, angles, mask, old, start)
             hidden_states.append(x)
-            new_cache.append(layer_cache)
+            new_cache.append(new)
         hidden_states[-1] = self.norm(x)
-        return tuple(hidden_states), None if cache is None else tuple(new_cache)
+        return tuple(hidden_states), tuple(new_cache)
 
 
 class GemmaForCausalLM(nn.Module):
@@ -156,21 +156,18 @@ class GemmaForCausalLM(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
+        inputs: Tensor,
         position_ids: Tensor,
         valid: Tensor,
-        inputs_embeds: Tensor | None = None,
-        cache: tuple[LayerCache, ...] | None = None,
+        cache: Caches | None = None,
         start: int = 0,
         logits_to_keep: int = 0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[LayerCache, ...] | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], Caches]:
         """Logits (B, T, V) in float32, hidden states and cache; arguments as in `GemmaModel`.
 
         `logits_to_keep` limits the logits to that many last positions; 0 means all.
         """
-        hidden_states, cache = self.model(
-            input_ids, position_ids, valid, inputs_embeds, cache, start
-        )
+        hidden_states, cache = self.model(inputs, position_ids, valid, cache, start)
         x = hidden_states[-1][:, -logits_to_keep:]
         if self.config.tie_word_embeddings:
             logits = linear(x, self.model.embed_tokens.weight)

@@ -1,0 +1,56 @@
+"""Positions, masks and scaled dot-product attention. Twin: gemma_hub_torch/attention.py.
+
+Axes: B batch, T queries, S key slots, N query heads, K key/value heads, G = N / K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gemma_hub.config import GemmaConfig
+
+# Finite, so that a row that sees nothing is a plain average and not NaN.
+MASKED = -2.0e38
+
+
+def rope_angles(position_ids: Array, config: GemmaConfig) -> Array:
+    """Rotary angles in radians, (B, T, H / 2) float32, of integer positions (B, T)."""
+    H = config.head_dim
+    exponents = jnp.arange(0, H, 2, dtype=jnp.float32) / H
+    frequencies = 1.0 / config.rope_theta**exponents
+    positions = position_ids.astype(jnp.float32) / config.rope_factor
+    return positions[:, :, None] * frequencies
+
+
+def rotate(x: Array, angles: Array) -> Array:
+    """x (B, T, N, H) with the pair (i, i + H / 2) turned by angles (B, T, H / 2); in float32."""
+    cos = jnp.cos(angles)[:, :, None]
+    sin = jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return y.astype(x.dtype)
+
+
+def causal_mask(valid: Array, start: Array | int, num_queries: int) -> Array:
+    """(B, T, S) bool: query t, in slot start + t, sees the valid (B, S) slots up to its own."""
+    slots = jnp.arange(valid.shape[1])
+    queries = start + jnp.arange(num_queries)
+    return valid[:, None, :] & (slots[None, None, :] <= queries[None, :, None])
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S); (B, T, N, H)."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = product("BTKGH,BSKH->BKGTS", q, k) * scale
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, -1).astype(v.dtype)
+    out = product("BKGTS,BSKH->BTKGH", probs, v).astype(v.dtype)
+    return out.reshape(B, T, N, H)
+
+
+def product(subscripts: str, a: Array, b: Array) -> Array:
+    """Einsum of a and b in float32, whatever their dtype."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)

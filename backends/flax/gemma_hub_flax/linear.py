@@ -1,0 +1,55 @@
+"""Matrices by which rows are multiplied: stored as [out, in], as in the checkpoint.
+
+Twin: gemma_hub_torch/linear.py.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+# XLA's CPU product of 16-bit floats converts the whole weight to float32 when there are very few
+# rows, ten times slower than the read of the weight; with eight rows it does not.
+_MIN_ROWS_16_BIT = 8
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    if x.dtype != jnp.float32 and num_rows < _MIN_ROWS_16_BIT:
+        rows = jnp.pad(rows, ((0, _MIN_ROWS_16_BIT - num_rows), (0, 0)))
+    # HIGHEST: without it a GPU or TPU would multiply float32 in fewer bits.
+    y = jnp.einsum(
+        "ri,oi->ro",
+        rows,
+        weight,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y[:num_rows].astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+class Linear(nnx.Module):
+    """`linear` with parameters of its own, drawn from normal(0, std)."""
+
+    def __init__(
+        self, size_in: int, size_out: int, rngs: nnx.Rngs, *, std: float, bias: bool = False
+    ) -> None:
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (size_out, size_in)))
+        self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+
+
+class Embedding(nnx.Module):
+    """One row of `weight` (V, D) per id, drawn from normal(0, std)."""
+
+    def __init__(self, num_rows: int, size: int, rngs: nnx.Rngs, *, std: float) -> None:
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (num_rows, size)))
+
+    def __call__(self, ids: Array) -> Array:
+        return self.weight[ids]
