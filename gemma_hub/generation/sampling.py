@@ -1,0 +1,97 @@
+"""The sampling rules, in NumPy and float64: what every backend must compute.
+
+Order: temperature, top_k, top_p, then one draw. Wherever two tokens are equal, the lower id wins.
+"""
+
+import numpy as np
+
+from gemma_hub.errors import GemmaHubError
+from gemma_hub.generation.settings import GenerationSettings
+
+
+def choose(
+    logits: np.ndarray,
+    settings: GenerationSettings,
+    uniform: np.ndarray | None = None,
+    *,
+    step: int = 0,
+) -> np.ndarray:
+    """The next token of each row.
+
+    At temperature 0 it is the largest logit. Otherwise it is the first id, in id order, whose
+    cumulative kept weight exceeds `uniform` times the row's total.
+
+    Args:
+        logits: (B, V) of any floating type; -inf forbids a token.
+        settings: temperature, top_k and top_p.
+        uniform: (B,) numbers from 0 to below 1; not read at temperature 0.
+        step: index of the new token, for the error message only.
+
+    Returns:
+        (B,) int64 token ids.
+
+    Raises:
+        GemmaHubError: a row holds NaN or +inf, or nothing but -inf.
+    """
+    _check_logits(logits, step)
+    if settings.temperature == 0:
+        return np.asarray(np.argmax(logits, axis=1))
+    if uniform is None:
+        raise TypeError("choose needs `uniform` at a temperature above 0.")
+    cumulative = np.cumsum(kept_weights(logits, settings), axis=1)
+    threshold = np.asarray(uniform, np.float64)[:, None] * cumulative[:, -1:]
+    return np.asarray(np.argmax(cumulative > threshold, axis=1))
+
+
+def kept_weights(logits: np.ndarray, settings: GenerationSettings) -> np.ndarray:
+    """(B, V) float64 weights after temperature, top_k and top_p: 0 where a token is dropped.
+
+    A row's largest weight is 1; divide by the row's sum for probabilities.
+    """
+    scores = logits.astype(np.float64)
+    # The largest becomes 0 first, so that a tiny temperature sends the rest to -inf and no more.
+    scores -= scores.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        scores /= settings.temperature
+    if settings.top_k is not None and settings.top_k < scores.shape[1]:
+        scores = _keep_largest(scores, np.full(len(scores), settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1:
+        cumulative = np.cumsum(np.exp(_descending(scores)), axis=1)
+        reached = settings.top_p * cumulative[:, -1:]
+        # Every token before the sum reaches top_p, and the one that makes it reach.
+        scores = _keep_largest(scores, np.sum(cumulative < reached, axis=1) + 1)
+    return np.asarray(np.exp(scores))
+
+
+def log_probabilities(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """(B,) float64 natural-log probability of each row's token, before temperature and filters."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=1, keepdims=True)
+    chosen = np.take_along_axis(scores, token_ids[:, None], axis=1)[:, 0]
+    return np.asarray(chosen - np.log(np.exp(scores).sum(axis=1)))
+
+
+def _keep_largest(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Exactly `count[row]` of each row's largest scores; ties at the border keep the lower ids."""
+    border = np.take_along_axis(_descending(scores), count[:, None] - 1, axis=1)
+    above = scores > border
+    tied = scores == border
+    room = count[:, None] - above.sum(axis=1, keepdims=True)
+    return np.where(above | (tied & (np.cumsum(tied, axis=1) <= room)), scores, -np.inf)
+
+
+def _descending(scores: np.ndarray) -> np.ndarray:
+    return np.sort(scores, axis=1)[:, ::-1]
+
+
+def _check_logits(logits: np.ndarray, step: int) -> None:
+    # The maximum alone tells: it is NaN, +inf, or -inf exactly for the three kinds of bad row.
+    largest = logits.max(axis=1)
+    bad = np.flatnonzero(~np.isfinite(largest))
+    if len(bad):
+        row = bad[0]
+        what = "NaN" if np.isnan(largest[row]) else f"{largest[row]} as the largest value"
+        raise GemmaHubError(
+            f"The logits of row {row} at step {step} hold {what}; no token can be chosen. Check "
+            "the checkpoint's weights, or use a wider dtype such as dtype='float32'."
+        )
