@@ -1,0 +1,19 @@
+"""The entry point: says what the flax backend is, without importing jax."""
+
+from gemma_hub.plugins.hookspecs import hookimpl
+from gemma_hub.plugins.spec import BackendSpec
+
+
+@hookimpl
+def gemma_hub_backends() -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="flax",
+            api_version="1.0",
+            factory="gemma_hub_flax.backend:FlaxBackend",
+            features=frozenset({"cache", "export", "inputs_embeds"}),
+            dtypes=("float32", "bfloat16", "float16"),
+            requires=("flax>=0.12,<0.13", "jax>=0.10"),
+            summary="JAX: flax.nnx.Module, CPU, GPU and TPU",
+        )
+    ]
