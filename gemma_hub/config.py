@@ -6,13 +6,20 @@ Field names are those of `config.json`. Backends read the resolved values and de
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from gemma_hub.errors import CheckpointNotFoundError, ConfigError, first_ten, nearest
+from gemma_hub.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    GemmaHubError,
+    first_ten,
+    nearest,
+)
 
 TANH_GELU = "gelu_pytorch_tanh"
 # Every released Gemma 1 means the tanh form, also those whose config.json says "gelu";
@@ -22,19 +29,23 @@ _ROPE_TYPES = ("default", "linear")
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
+# A deeper model would be a damaged file; the limit keeps such a file from filling the memory.
+_MAX_LAYERS = 10_000
 # Keys that Transformers writes and that do not change what the model computes at inference.
-_BOOKKEEPING = frozenset(
-    """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures auto_map cache_implementation
-    chunk_size_feed_forward classifier_dropout finetuning_task gradient_checkpointing hidden_dropout
-    hidden_dropout_prob id2label is_decoder label2id license model_type num_labels output_attentions
-    output_hidden_states problem_type return_dict task_specific_params tokenizer_class
-    transformers_version use_cache use_return_dict max_length min_length do_sample temperature top_k
-    top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_beams num_beam_groups
-    num_return_sequences diversity_penalty encoder_no_repeat_ngram_size early_stopping
-    token_classification_bias unsloth_version unsloth_fixed
-    """.split()
-)
+# fmt: off
+_BOOKKEEPING = frozenset([
+    "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+    "architectures", "attn_implementation", "auto_map", "cache_implementation",
+    "chunk_size_feed_forward", "classifier_dropout", "diversity_penalty", "do_sample",
+    "early_stopping", "encoder_no_repeat_ngram_size", "finetuning_task", "gradient_checkpointing",
+    "hidden_dropout", "hidden_dropout_prob", "id2label", "is_decoder", "label2id", "length_penalty",
+    "license", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "problem_type", "repetition_penalty", "return_dict", "task_specific_params", "temperature",
+    "token_classification_bias", "tokenizer_class", "top_k", "top_p", "transformers_version",
+    "typical_p", "unsloth_fixed", "unsloth_version", "use_cache", "use_return_dict",
+])
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +84,8 @@ class GemmaConfig:
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    # None, or {"rope_type": "linear", "factor": float}
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     attention_bias: bool = False
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = True
@@ -82,9 +94,7 @@ class GemmaConfig:
     bos_token_id: int | None = 2
     dtype: str | None = None  # the checkpoint's own statement; None where it makes none
     rms_norm_offset: float = 1.0  # the norm multiplies by (offset + weight)
-    query_pre_attn_scalar: float | None = (
-        None  # attention scale is its -0.5 power; head_dim if None
-    )
+    query_pre_attn_scalar: float | None = None  # its -0.5 power scales q·k; head_dim if None
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
     attn_logit_softcapping: float | None = None
@@ -98,16 +108,20 @@ class GemmaConfig:
                 object.__setattr__(self, name, tuple(value))
         _check_types(self)
         _check_values(self)
+        for name in (*_POSITIVE, *_OPTIONAL_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else float(value))
         object.__setattr__(self, "hidden_activation", TANH_GELU)
-        if _rope_type(self.rope_scaling) == "default":
-            object.__setattr__(self, "rope_scaling", None)
+        factor = _linear_factor("rope_scaling", self.rope_scaling)
+        scaling = None if factor is None else {"rope_type": "linear", "factor": factor}
+        object.__setattr__(self, "rope_scaling", scaling)
 
     # -- resolved values that backends read ----------------------------------------------------
 
     @property
     def attention_scale(self) -> float:
         """Factor on q·k."""
-        return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return math.pow(self.query_pre_attn_scalar or self.head_dim, -0.5)
 
     @property
     def embedding_scale(self) -> float:
@@ -143,7 +157,7 @@ class GemmaConfig:
     def required_features(self) -> tuple[str, ...]:
         """Features of `gemma_hub.backend.FEATURES` that a backend must have for this config."""
         wanted = {
-            "sliding_window": self.sliding_window is not None,
+            "sliding_window": any(layer.window is not None for layer in self.layers),
             "softcap": (self.attn_logit_softcapping or self.final_logit_softcapping) is not None,
             "qk_norm": self.use_qk_norm,
         }
@@ -156,8 +170,13 @@ class GemmaConfig:
         N, K = self.num_attention_heads, self.num_key_value_heads
         attention = 2 * N * H * D + 2 * K * H * D
         bias = (N * H + 2 * K * H + D) if self.attention_bias else 0
+        qk_norm = 2 * H if self.use_qk_norm else 0
         embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * (attention + bias + 3 * D * F + 2 * D) + D
+        return (
+            embeddings
+            + self.num_hidden_layers * (attention + bias + qk_norm + 3 * D * F + 2 * D)
+            + D
+        )
 
     # -- reading and writing -------------------------------------------------------------------
 
@@ -170,7 +189,8 @@ class GemmaConfig:
             allow_unknown: keys to ignore although nothing here knows them.
 
         Raises:
-            ConfigError: for a key that is not known and not null or false, or a wrong value.
+            ConfigError: for a wrong value, or a key that is not known and states something (is
+                not null, false or empty).
         """
         model_type = raw.get("model_type", "gemma")
         if model_type != "gemma":
@@ -184,14 +204,15 @@ class GemmaConfig:
         unknown = [
             key
             for key, value in values.items()
-            if key not in known and key not in allow_unknown and value not in (None, False)
+            if key not in known and key not in allow_unknown and not _states_nothing(value)
         ]
         if unknown:
-            hint = nearest(unknown[0], fields | _LEGACY)
+            hints = (nearest(key, fields | _LEGACY) for key in sorted(unknown)[:10])
             raise ConfigError(
-                f"config.json has keys that gemma_hub does not know: {first_ten(unknown)}. {hint} "
-                "If the model does not depend on them, remove them from the file or pass "
-                f"allow_unknown={sorted(unknown)!r} to GemmaConfig.from_pretrained."
+                f"config.json has keys that gemma_hub does not know: {first_ten(unknown)}. "
+                + "".join(f"{hint} " for hint in hints if hint)
+                + "If the model does not depend on them, remove them from the file or pass their "
+                "names as allow_unknown."
             )
         return cls(**{key: value for key, value in values.items() if key in fields})
 
@@ -203,19 +224,14 @@ class GemmaConfig:
             CheckpointNotFoundError: there is no such file.
             ConfigError: the file is not a JSON object, or holds a wrong value.
         """
-        path = Path(source)
+        path = Path(source).expanduser()
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise CheckpointNotFoundError(
                 f"There is no config.json at {path}. A checkpoint is a folder with config.json, "
                 "the weights as *.safetensors and tokenizer.model."
             )
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}. Get the file again.") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path} holds a JSON {type(raw).__name__}; expected an object.")
+        raw = read_json_object(path, ConfigError)
         try:
             return cls.from_dict(raw, allow_unknown)
         except ConfigError as error:
@@ -241,93 +257,137 @@ class GemmaConfig:
         }
         values["hidden_act"] = self.hidden_activation
         values["torch_dtype"] = values.pop("dtype")
-        if isinstance(self.eos_token_id, tuple):
-            values["eos_token_id"] = list(self.eos_token_id)
+        for name in _TUPLES:
+            if isinstance(values.get(name), tuple):
+                values[name] = list(values[name])
         return {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", **values}
 
 
+def read_json_object(path: Path, error: type[GemmaHubError]) -> dict[str, Any]:
+    """The object in a JSON file; an `error` for anything else, a key given twice included."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = first_ten({key for key in keys if keys.count(key) > 1})
+            raise error(f"{path} gives a key twice: {twice}. Keep one of each.")
+        return table
+
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except GemmaHubError:
+        raise
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is not valid JSON: {cause}. Get the file again.") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+# -- older and newer spellings ---------------------------------------------------------------------
+
 _LEGACY = frozenset({"hidden_act", "rope_parameters", "torch_dtype"})
-_LATER = frozenset(
-    "rms_norm_offset query_pre_attn_scalar layer_types sliding_window attn_logit_softcapping "
-    "final_logit_softcapping use_qk_norm".split()
-)
 _TUPLES = ("eos_token_id", "layer_types")
+
+
+def _states_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [], "")
 
 
 def _resolve_legacy(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` with the older and newer spellings of Transformers turned into this class's fields."""
     values = dict(raw)
-    # hidden_activation came later and wins; an old file has it as null.
-    hidden_act = values.pop("hidden_act", None)
-    if values.get("hidden_activation") is None:
-        values["hidden_activation"] = TANH_GELU if hidden_act is None else hidden_act
-    torch_dtype = values.pop("torch_dtype", None)
-    if values.get("dtype") is None:
-        values["dtype"] = torch_dtype
-    rope = values.pop("rope_parameters", None)
-    if rope is not None:
-        if not isinstance(rope, Mapping):
-            raise ConfigError(f"rope_parameters is {rope!r}; expected an object with rope_theta.")
-        rope = dict(rope)
-        theta = rope.pop("rope_theta", None)
-        for key, new in (("rope_theta", theta), ("rope_scaling", rope or None)):
-            old = values.get(key)
-            if old is not None and new is not None and not _same_rope(key, old, new):
-                raise ConfigError(
-                    f"{key} is {old!r} at the top level and {new!r} in rope_parameters. "
-                    "Keep the one that the model was trained with."
-                )
-            if new is not None:
-                values[key] = new
-    for key in ("rope_theta", "rope_scaling", "head_dim"):
-        if key in values and values[key] is None:
-            del values[key]  # null means the default
+    for key in ("hidden_act", "hidden_activation"):
+        _check_activation(key, values.pop(key, None))
+    dtypes = {key: values.pop(key, None) for key in ("dtype", "torch_dtype")}
+    values["dtype"] = _agreed(
+        {k: v.removeprefix("torch.") if isinstance(v, str) else v for k, v in dtypes.items()}
+    )
+    thetas, factors = {"rope_theta": values.pop("rope_theta", None)}, {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.pop(key, None)
+        if isinstance(rope, Mapping):
+            thetas[f"{key}.rope_theta"] = rope.get("rope_theta")
+            rope = {name: value for name, value in rope.items() if name != "rope_theta"}
+        if not _states_nothing(rope):
+            # 1.0 is "no scaling", said aloud: it must not be taken for a key that says nothing.
+            factors[f"the scaling of {key}"] = _linear_factor(key, rope) or 1.0
+    theta, factor = _agreed(thetas), _agreed(factors)
+    if theta is not None:
+        values["rope_theta"] = theta
+    if factor is not None and factor != 1.0:
+        values["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if values.get("head_dim", 0) is None:
+        del values["head_dim"]  # null means the default
     return values
 
 
-def _same_rope(key: str, old: Any, new: Any) -> bool:
-    if key == "rope_scaling" and isinstance(old, Mapping):
-        kinds = {_rope_type(old), _rope_type(new)}
-        return len(kinds) == 1 and old.get("factor") == new.get("factor")
-    return bool(old == new)
+def _agreed(stated: Mapping[str, Any]) -> Any:
+    """The one value that the keys of `stated` have; None where none has any."""
+    given = {key: value for key, value in stated.items() if value is not None}
+    keys = list(given)
+    for key in keys[1:]:
+        if given[key] != given[keys[0]]:
+            raise ConfigError(
+                f"{keys[0]} is {given[keys[0]]!r} and {key} is {given[key]!r}, two spellings of "
+                "one thing. Keep the one that the model was trained with."
+            )
+    return given[keys[0]] if keys else None
 
 
-def _rope_type(scaling: Mapping[str, Any] | None) -> str:
-    if not scaling:
-        return "default"
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
-
+# -- checks ----------------------------------------------------------------------------------------
 
 _INTS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads head_dim max_position_embeddings"
-).split()
-_FLOATS = "rms_norm_eps rope_theta".split()
-_OPTIONAL_FLOATS = "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping".split()
-_BOOLS = "attention_bias tie_word_embeddings use_qk_norm".split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_POSITIVE = ("rms_norm_eps", "rope_theta")
+_OPTIONAL_POSITIVE = (
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+_NOT_NEGATIVE = ("initializer_range", "attention_dropout", "rms_norm_offset")
+_BOOLS = ("attention_bias", "tie_word_embeddings", "use_qk_norm")
+# Written to config.json only where a model has them: first-generation readers do not know them.
+_LATER = frozenset({"rms_norm_offset", "layer_types", "sliding_window", "use_qk_norm"}) | {
+    *_OPTIONAL_POSITIVE
+}
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is a finite number from 0 up that a float can hold."""
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 def _check_types(config: GemmaConfig) -> None:
     for name in _INTS:
         value = getattr(config, name)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**63:
             raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1.")
-    for name in _FLOATS:
+    for name in (*_POSITIVE, *_OPTIONAL_POSITIVE):
         value = getattr(config, name)
-        if type(value) not in (int, float) or not (0 < value < math.inf):
-            raise ConfigError(f"{name} is {value!r}; expected a number above 0.")
-    for name in _OPTIONAL_FLOATS:
+        may_be_null = name in _OPTIONAL_POSITIVE
+        if not (_is_number(value) and value > 0) and not (may_be_null and value is None):
+            expected = "a number above 0" + (", or null" if may_be_null else "")
+            raise ConfigError(f"{name} is {value!r}; expected {expected}.")
+    for name in _NOT_NEGATIVE:
         value = getattr(config, name)
-        if value is not None and (type(value) not in (int, float) or not (0 < value < math.inf)):
-            raise ConfigError(f"{name} is {value!r}; expected a number above 0, or null.")
+        if not _is_number(value):
+            raise ConfigError(f"{name} is {value!r}; expected a number of at least 0.")
     for name in _BOOLS:
         value = getattr(config, name)
         if type(value) is not bool:
             raise ConfigError(f"{name} is {value!r}; expected true or false.")
-    for name in ("initializer_range", "attention_dropout", "rms_norm_offset"):
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not (0 <= value < math.inf):
-            raise ConfigError(f"{name} is {value!r}; expected a number of at least 0.")
 
 
 def _check_values(config: GemmaConfig) -> None:
@@ -339,42 +399,66 @@ def _check_values(config: GemmaConfig) -> None:
         )
     if config.head_dim % 2:
         raise ConfigError(f"head_dim is {config.head_dim}; RoPE pairs need an even number.")
-    if config.hidden_activation not in _TANH_GELU_NAMES:
+    if config.num_hidden_layers > _MAX_LAYERS:
         raise ConfigError(
-            f"hidden_activation is {config.hidden_activation!r}; Gemma has {TANH_GELU!r} "
-            f"(also written {', '.join(sorted(_TANH_GELU_NAMES - {TANH_GELU}))})."
+            f"num_hidden_layers is {config.num_hidden_layers}; expected at most {_MAX_LAYERS}."
         )
+    _check_activation("hidden_activation", config.hidden_activation)
     if config.dtype is not None and config.dtype not in _DTYPES:
         raise ConfigError(f"dtype is {config.dtype!r}; expected one of {', '.join(_DTYPES)}.")
     if config.attention_dropout >= 1:
         raise ConfigError(
             f"attention_dropout is {config.attention_dropout}; expected 0 to below 1."
         )
-    _check_rope_scaling(config.rope_scaling)
     _check_token_ids(config)
-    _check_layer_types(config)
+    _check_layer_types(config.layer_types, config.sliding_window, config.num_hidden_layers)
 
 
-def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> None:
-    if scaling is None:
-        return
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"rope_scaling is {scaling!r}; expected an object or null.")
-    kind = _rope_type(scaling)
-    if kind not in _ROPE_TYPES:
+def _check_activation(key: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, str) and value in _TANH_GELU_NAMES):
         raise ConfigError(
-            f"rope_scaling has the type {kind!r}; supported are {', '.join(_ROPE_TYPES)}."
+            f"{key} is {value!r}; Gemma has {TANH_GELU!r} "
+            f"(also written {', '.join(sorted(_TANH_GELU_NAMES - {TANH_GELU}))})."
         )
-    factor = scaling.get("factor")
-    if kind == "linear" and (type(factor) not in (int, float) or not (1 <= factor < math.inf)):
-        raise ConfigError(f"rope_scaling has the factor {factor!r}; expected a number from 1 up.")
+
+
+def _linear_factor(key: str, scaling: Any) -> float | None:
+    """The factor of linear RoPE scaling, None for no scaling; anything else is an error."""
+    if scaling is None:
+        return None
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"{key} is {scaling!r}; expected an object or null.")
+    stated = {name: value for name, value in scaling.items() if value is not None}
+    kind = _agreed({f"{key}.{name}": stated.pop(name, None) for name in ("rope_type", "type")})
+    factor = stated.pop("factor", None)
+    if kind not in (None, *_ROPE_TYPES):
+        raise ConfigError(f"{key} has the type {kind!r}; expected {' or '.join(_ROPE_TYPES)}.")
+    if stated:
+        raise ConfigError(
+            f"{key} has keys that gemma_hub does not know: {first_ten(stated)}; "
+            "expected rope_type, factor and, in rope_parameters, rope_theta."
+        )
+    if kind == "linear":
+        if not (_is_number(factor) and factor >= 1):
+            raise ConfigError(f"{key} has the factor {factor!r}; expected a number from 1 up.")
+        return float(factor)
+    if factor is not None and factor != 1:
+        raise ConfigError(f"{key} has the factor {factor!r} and not the type 'linear'; add it.")
+    return None
 
 
 def _check_token_ids(config: GemmaConfig) -> None:
-    ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
+    ids: dict[str, Any] = {
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+    }
     eos = config.eos_token_id
-    for i, value in enumerate(eos if isinstance(eos, tuple) else (eos,)):
-        ids[f"eos_token_id[{i}]"] = value
+    if isinstance(eos, tuple):
+        ids |= {f"eos_token_id[{i}]": value for i, value in enumerate(eos)}
+        if None in eos:
+            raise ConfigError(f"eos_token_id is {list(eos)!r}; expected ids only in a list.")
+    else:
+        ids["eos_token_id"] = eos
     for name, value in ids.items():
         if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
             raise ConfigError(
@@ -382,16 +466,19 @@ def _check_token_ids(config: GemmaConfig) -> None:
             )
 
 
-def _check_layer_types(config: GemmaConfig) -> None:
-    types, window = config.layer_types, config.sliding_window
+def _check_layer_types(types: Any, window: Any, num_layers: int) -> None:
     if window is not None and (type(window) is not int or window < 1):
         raise ConfigError(f"sliding_window is {window!r}; expected an integer from 1 up, or null.")
     if types is None:
+        if window is not None:
+            raise ConfigError(
+                f"sliding_window is {window} and layer_types does not say which layers slide; "
+                "set both, or neither."
+            )
         return
-    if not isinstance(types, tuple) or len(types) != config.num_hidden_layers:
+    if not isinstance(types, tuple) or len(types) != num_layers:
         raise ConfigError(
-            f"layer_types is {types!r}; expected one entry for each of the "
-            f"{config.num_hidden_layers} layers."
+            f"layer_types is {types!r}; expected one entry for each of the {num_layers} layers."
         )
     for kind in types:
         if kind not in ATTENTION_TYPES:

@@ -4,6 +4,7 @@ Every backend holds exactly these names, matrices as [out, in], so loading is a 
 writes what was read. See docs/adr/0001-one-parameter-tree.md.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import CheckpointError, nearest
 
 Shape = tuple[int, ...]
 Index = slice | tuple[slice | int, ...] | int | None
@@ -24,39 +26,68 @@ DTYPES: dict[str, np.dtype] = {
 """The floating-point types that a parameter may have, by the name used everywhere."""
 
 
+# {name within a layer: the product on each axis}. D hidden size, F feed-forward, H head size,
+# N query heads, K key/value heads, V vocabulary. Matrices are [out, in].
+_NORMS_AND_MATRICES = {
+    "self_attn.q_proj.weight": ("NH", "D"),
+    "self_attn.k_proj.weight": ("KH", "D"),
+    "self_attn.v_proj.weight": ("KH", "D"),
+    "self_attn.o_proj.weight": ("D", "NH"),
+    "mlp.gate_proj.weight": ("F", "D"),
+    "mlp.up_proj.weight": ("F", "D"),
+    "mlp.down_proj.weight": ("D", "F"),
+    "input_layernorm.weight": ("D",),
+    "post_attention_layernorm.weight": ("D",),
+}
+_ATTENTION_BIASES = {
+    "self_attn.q_proj.bias": ("NH",),
+    "self_attn.k_proj.bias": ("KH",),
+    "self_attn.v_proj.bias": ("KH",),
+    "self_attn.o_proj.bias": ("D",),
+}
+_QK_NORMS = {"self_attn.q_norm.weight": ("H",), "self_attn.k_norm.weight": ("H",)}
+_FIELDS = {
+    "D": "hidden_size",
+    "F": "intermediate_size",
+    "H": "head_dim",
+    "K": "num_key_value_heads",
+    "N": "num_attention_heads",
+    "V": "vocab_size",
+}
+
+
 def parameter_shapes(config: GemmaConfig) -> dict[str, Shape]:
     """{canonical name: shape} of every parameter that `config` calls for, in file order.
 
     The tied head is one array under the embedding's name; `lm_head.weight` is there only when
     `config.tie_word_embeddings` is false.
     """
-    D, F = config.hidden_size, config.intermediate_size
-    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (N * H, D),
-        "self_attn.k_proj.weight": (K * H, D),
-        "self_attn.v_proj.weight": (K * H, D),
-        "self_attn.o_proj.weight": (D, N * H),
-        "mlp.gate_proj.weight": (F, D),
-        "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
-        "input_layernorm.weight": (D,),
-        "post_attention_layernorm.weight": (D,),
+    size = {letter: getattr(config, field) for letter, field in _FIELDS.items()}
+    return {
+        name: tuple(math.prod(size[letter] for letter in axis) for axis in axes)
+        for name, axes in _parameter_axes(config).items()
     }
+
+
+def shape_origin(config: GemmaConfig, name: str) -> str:
+    """The fields of `config` that the shape of one parameter comes from, with their values."""
+    letters = dict.fromkeys("".join(_parameter_axes(config)[name]))
+    return ", ".join(f"{_FIELDS[x]}={getattr(config, _FIELDS[x])}" for x in letters)
+
+
+def _parameter_axes(config: GemmaConfig) -> dict[str, tuple[str, ...]]:
+    layer = dict(_NORMS_AND_MATRICES)
     if config.attention_bias:
-        block |= {
-            "self_attn.q_proj.bias": (N * H,),
-            "self_attn.k_proj.bias": (K * H,),
-            "self_attn.v_proj.bias": (K * H,),
-            "self_attn.o_proj.bias": (D,),
-        }
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, D)}
+        layer |= _ATTENTION_BIASES
+    if config.use_qk_norm:
+        layer |= _QK_NORMS
+    axes: dict[str, tuple[str, ...]] = {"model.embed_tokens.weight": ("V", "D")}
     for i in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    shapes["model.norm.weight"] = (D,)
+        axes |= {f"model.layers.{i}.{name}": value for name, value in layer.items()}
+    axes["model.norm.weight"] = ("D",)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, D)
-    return shapes
+        axes["lm_head.weight"] = ("V", "D")
+    return axes
 
 
 @runtime_checkable
@@ -64,7 +95,8 @@ class Weights(Protocol):
     """Named tensors that are read only when asked for.
 
     An implementation maps its files: `read` returns a view where it can, and touches only the
-    part that `index` selects. Nothing here holds a second copy of the model.
+    part that `index` selects. Nothing here holds a second copy of the model. A name that is not
+    one of `names()` is a CheckpointError.
     """
 
     def names(self) -> tuple[str, ...]:
@@ -85,20 +117,35 @@ class Weights(Protocol):
 
 
 class ArrayWeights:
-    """`Weights` over arrays that are already in memory."""
+    """`Weights` over arrays that are already in memory.
+
+    Raises:
+        CheckpointError: an array has a type that is not one of `DTYPES`.
+    """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays = dict(arrays)
+        for name, array in self._arrays.items():
+            if DTYPES.get(array.dtype.name) != array.dtype:
+                raise CheckpointError(
+                    f"{name} holds {array.dtype}; expected one of {', '.join(DTYPES)}."
+                )
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._arrays)
 
     def shape(self, name: str) -> Shape:
-        return self._arrays[name].shape
+        return self._array(name).shape
 
     def dtype(self, name: str) -> str:
-        return self._arrays[name].dtype.name
+        return self._array(name).dtype.name
 
     def read(self, name: str, index: Index = None) -> np.ndarray:
-        array = self._arrays[name]
-        return array if index is None else array[index]
+        array = self._array(name)
+        return array if index is None else np.asarray(array[index])
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            hint = nearest(name, self._arrays)
+            raise CheckpointError(f"There is no parameter {name!r}. {hint}".rstrip())
+        return self._arrays[name]
