@@ -138,8 +138,8 @@ def _check_options(options: BuildOptions) -> None:
             raise InputError(f"witness is {seed!r}; expected a seed, an integer from 0 up.")
         if options.dtype == "float64":
             raise InputError(
-                "witness is given with dtype 'float64'; the reference rounds nothing. Leave it out, "
-                "or ask for float32, bfloat16 or float16."
+                "witness is given with dtype 'float64', where nothing is rounded. Leave it out, or "
+                "ask for float32, bfloat16 or float16."
             )
 
 

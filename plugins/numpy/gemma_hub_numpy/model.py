@@ -181,7 +181,7 @@ class Reference:
         return self.single(cap * self.single(np.tanh(self.single(x / cap))))
 
     def softmax(self, scores: Array, visible: Array) -> Array:
-        """(B, N, T, S) scores and (B, T, S) bool to probabilities; uniform where none is visible."""
+        """(B, N, T, S) scores and (B, T, S) bool to probabilities; uniform if none is visible."""
         scores = np.where(visible[:, None], scores, _MASKED)
         shifted = self.single(scores - scores.max(axis=-1, keepdims=True))
         powers = self.single(np.exp(shifted))
@@ -344,8 +344,7 @@ class Witness(Reference):
         self._random = np.random.default_rng(seed)
 
     def to_compute(self, x: Array) -> Array:
-        with np.errstate(over="ignore"):  # past float16's range is infinity, as in any framework
-            return np.asarray(x).astype(DTYPES[self.dtype]).astype(np.float64)
+        return np.asarray(x).astype(DTYPES[self.dtype]).astype(np.float64)
 
     def embedding_scale(self) -> float:
         return float(self.to_compute(np.asarray(self.config.embedding_scale)))
@@ -375,7 +374,9 @@ class Witness(Reference):
         cache: list[LayerCache] | None = None,
     ) -> ModelOutputs:
         self._random = np.random.default_rng((self.seed, start))
-        return super().run(inputs, valid, start, cache)
+        # Past the range of float16 comes infinity and then NaN, in silence as in any framework.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return super().run(inputs, valid, start, cache)
 
 
 def round_randomly(x: Array, dtype: str, random: np.random.Generator) -> Array:
@@ -384,11 +385,10 @@ def round_randomly(x: Array, dtype: str, random: np.random.Generator) -> Array:
     The nearer neighbour is the likelier one, in proportion, so that the error has mean zero. A
     value that `dtype` can hold is left as it is; one past its range becomes infinite.
     """
-    kind = ml_dtypes.finfo(DTYPES[dtype])
+    kind = ml_dtypes.finfo(DTYPES[dtype])  # type: ignore[no-untyped-call]
+    largest = float(kind.max)
     _, exponent = np.frexp(x)  # x = m * 2**exponent with 0.5 <= |m| < 1
     step = np.ldexp(1.0, np.maximum(exponent - 1, kind.minexp) - kind.nmant)
-    largest = float(kind.max)
     rounded = np.floor(x / step + random.random(np.shape(x))) * step
-    return np.where(
-        np.abs(x) > largest, np.copysign(np.inf, x), np.clip(rounded, -largest, largest)
-    )
+    rounded = np.clip(rounded, -largest, largest)
+    return np.asarray(np.where(np.abs(x) > largest, np.copysign(np.inf, x), rounded))
