@@ -1,0 +1,46 @@
+# The only list of developer commands. Everything happens in .venv, which they make.
+# Needs Python 3.11 or newer and make. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+REPORT ?= report
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DISTRIBUTIONS = -e . -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e conformance_tests
+STORY = tiny "Once upon a time" --dtype float32 --temperature 0.8 --top-k 40 --seed 7 --max-new-tokens 80
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	@mkdir -p $(REPORT)
+	$(VENV)/bin/gemma-hub generate $(STORY) --backend torch > $(REPORT)/story.torch.txt
+	$(VENV)/bin/gemma-hub generate $(STORY) --backend flax > $(REPORT)/story.flax.txt
+	@cat $(REPORT)/story.torch.txt
+	@cmp $(REPORT)/story.torch.txt $(REPORT)/story.flax.txt && echo "torch and flax wrote the same story."
+	$(VENV)/bin/gemma-hub parity tiny --backends torch,flax --html $(REPORT)/parity.html --json $(REPORT)/parity.json
+	@echo "Open $(REPORT)/parity.html in a browser."
+
+test: $(VENV)/.installed-tests
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(VENV)/.installed-tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) $(REPORT)
+
+PROJECTS = pyproject.toml constraints.txt $(wildcard backends/*/pyproject.toml plugins/*/pyproject.toml conformance_tests/pyproject.toml)
+
+$(VENV)/.installed: $(PROJECTS)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gemma_hub needs Python 3.11 or newer; this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); a few minutes the first time."
+	$(PIP) $(DISTRIBUTIONS)
+	@touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(PIP) $(DISTRIBUTIONS) ".[test,lint]"
+	@touch $@
