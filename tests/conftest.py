@@ -1,0 +1,96 @@
+"""A small model that needs no framework, for tests of what runs on top of a model."""
+
+import numpy as np
+import pytest
+
+from gemma_hub.backend import Cache
+from gemma_hub.config import GemmaConfig
+from gemma_hub.inputs import ModelInputs
+from gemma_hub.outputs import ModelOutputs
+from gemma_hub.parameters import ArrayWeights
+
+WIDTH = 16
+
+
+class UncachedModel:
+    """Logits from a sum over the tokens seen, each turned by its position.
+
+    Every token, its place, and the mask change the result, so that a loop which feeds a wrong one
+    gives other tokens.
+
+    Attributes:
+        calls: the inputs of every call, in order.
+    """
+
+    device = "fake:0"
+
+    def __init__(self, config: GemmaConfig, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed).normal
+        self.native = self
+        self.config = config
+        self.embeddings = draw(size=(config.vocab_size, WIDTH))
+        self.frequencies = draw(size=WIDTH)
+        self.head = draw(size=(WIDTH, config.vocab_size)).astype(np.float32)
+        self.calls: list[ModelInputs] = []
+
+    def forward(self, inputs: ModelInputs) -> ModelOutputs:
+        self.calls.append(inputs)
+        return self._outputs(self._features(inputs), inputs, start=0, valid=inputs.attention_mask)
+
+    def to_numpy(self, array):
+        return np.asarray(array)
+
+    def _features(self, inputs):
+        turned = np.cos(inputs.position_ids[..., None] * self.frequencies)
+        return self.embeddings[inputs.input_ids] * turned
+
+    def _outputs(self, features, inputs, start, valid):
+        tokens = inputs.shape[1]
+        seen = np.cumsum(np.where(valid[..., None], features, 0.0), axis=1)
+        seen = np.tanh(seen[:, start : start + tokens]) * 2
+        logits = seen.astype(np.float32) @ self.head
+        return ModelOutputs(logits[:, -inputs.logits_to_keep :])
+
+
+class CachedModel(UncachedModel):
+    """The same with a cache, and with parameters to save."""
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        arrays = np.full((batch_size, max_length, WIDTH), np.nan)
+        return Cache.empty(arrays, batch_size, max_length)
+
+    def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
+        self.calls.append(inputs)
+        valid = cache.admit(inputs)
+        features = cache.arrays.copy()
+        features[:, cache.length : cache.length + inputs.shape[1]] = self._features(inputs)
+        outputs = self._outputs(features, inputs, cache.length, valid)
+        return outputs, cache.advanced(inputs, features)
+
+    def export(self) -> ArrayWeights:
+        return ArrayWeights({"head.weight": self.head})
+
+
+@pytest.fixture
+def fake_config() -> GemmaConfig:
+    return GemmaConfig(
+        vocab_size=48,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=64,
+        eos_token_id=None,
+    )
+
+
+@pytest.fixture
+def fake_model(fake_config: GemmaConfig) -> CachedModel:
+    return CachedModel(fake_config)
+
+
+@pytest.fixture
+def uncached_model(fake_config: GemmaConfig) -> UncachedModel:
+    return UncachedModel(fake_config)
