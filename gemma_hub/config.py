@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -264,26 +265,35 @@ class GemmaConfig:
 
 
 def read_json_object(path: Path, error: type[GemmaHubError]) -> dict[str, Any]:
-    """The object in a JSON file; an `error` for anything else, a key given twice included."""
+    """The object in a JSON file; an `error` if there is none."""
+    if not path.is_file():
+        raise error(f"{path} is not a file; expected JSON. Get the file again.")
+    try:
+        content = path.read_bytes()
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
+    return parse_json_object(content, str(path), error)
+
+
+def parse_json_object(content: bytes, what: str, error: type[GemmaHubError]) -> dict[str, Any]:
+    """The object that `content` spells; an `error` for anything else, or for a key given twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = first_ten({key for key in keys if keys.count(key) > 1})
-            raise error(f"{path} gives a key twice: {twice}. Keep one of each.")
+            counts = Counter(key for key, _ in pairs)
+            twice = first_ten(key for key, count in counts.items() if count > 1)
+            raise error(f"{what} gives a key twice: {twice}. Keep one of each.")
         return table
 
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        value = json.loads(content, object_pairs_hook=unique)
     except GemmaHubError:
         raise
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}.") from cause
     except (ValueError, RecursionError) as cause:
-        raise error(f"{path} is not valid JSON: {cause}. Get the file again.") from cause
+        raise error(f"{what} is not valid JSON: {cause}. Get the file again.") from cause
     if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+        raise error(f"{what} holds a JSON {type(value).__name__}; expected an object.")
     return value
 
 

@@ -1,0 +1,135 @@
+"""describe_checkpoint: what a folder holds and what is wrong with it, without raising."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gemma_hub.checkpoints.folder import (
+    check_index_against_files,
+    checkpoint_folder,
+    is_weight_file,
+    weight_files,
+)
+from gemma_hub.checkpoints.reader import (
+    EMBEDDING,
+    canonical_tensors,
+    check_tensors,
+    read_eos_token_ids,
+)
+from gemma_hub.checkpoints.safetensors_file import SafetensorsFile
+from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import GemmaHubError
+from gemma_hub.parameters import Shape
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDescription:
+    """One tensor: canonical name, shape, type as stored, size in bytes, and the file it is in."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileDescription:
+    """One file of the folder, and its size in bytes (of what it points to, for a link)."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is in a checkpoint folder.
+
+    Attributes:
+        path: the folder.
+        config: the content of config.json as `GemmaConfig.to_dict` has it; None if unreadable.
+        num_parameters: number of values in all tensors; a tied head counts once.
+        dtype: type of the embedding; None if there is none.
+        eos_token_ids: ids that end a text.
+        tensors: in the order of their names.
+        files: in the order of their names.
+        problems: what is wrong, one text each; empty if `open_checkpoint` reads the folder.
+    """
+
+    path: str
+    config: dict[str, Any] | None
+    num_parameters: int
+    dtype: str | None
+    eos_token_ids: tuple[int, ...]
+    tensors: tuple[TensorDescription, ...]
+    files: tuple[FileDescription, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON knows it."""
+        return dataclasses.asdict(self)
+
+
+def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> Description:
+    """Describe a checkpoint folder, whatever state it is in. No tensor is read.
+
+    Args:
+        path: the folder.
+        allow_unknown: keys of config.json and names of tensors that are no problem.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return action(*args)
+        except (GemmaHubError, OSError) as error:
+            problems.append(str(error))
+            return None
+
+    folder = attempt(checkpoint_folder, path)
+    if folder is None:
+        return Description(str(path), None, 0, None, (), (), (), tuple(problems))
+    files = attempt(weight_files, folder)
+    config = attempt(GemmaConfig.from_pretrained, folder, allow_unknown)
+    # Where the index is wrong, the files beside it are still worth a look.
+    paths = files.paths if files else _weight_paths(folder)
+    opened = [file for p in paths if (file := attempt(SafetensorsFile, p))]
+    if files and len(opened) == len(paths):
+        attempt(check_index_against_files, folder, files.index, opened)
+    tensors = attempt(canonical_tensors, opened, config) or {}
+    if config and files:
+        attempt(check_tensors, folder, config, tensors, allow_unknown)
+    eos = attempt(read_eos_token_ids, folder, config) if config else None
+    is_tied = config is not None and config.tie_word_embeddings
+    return Description(
+        path=str(folder),
+        config=config.to_dict() if config else None,
+        num_parameters=sum(
+            math.prod(tensor.shape)
+            for name, tensor in tensors.items()
+            if not (is_tied and name == "lm_head.weight")
+        ),
+        dtype=tensors[EMBEDDING].dtype if EMBEDDING in tensors else None,
+        eos_token_ids=eos or (),
+        tensors=tuple(
+            TensorDescription(name, t.shape, t.dtype, t.nbytes, t.file.path.name)
+            for name, t in sorted(tensors.items())
+        ),
+        files=_files(folder),
+        problems=tuple(problems),
+    )
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    names = [entry for entry in sorted(folder.iterdir()) if entry.suffix == ".safetensors"]
+    return [entry for entry in names if is_weight_file(entry.name) and entry.is_file()]
+
+
+def _files(folder: Path) -> tuple[FileDescription, ...]:
+    entries = (entry for entry in sorted(folder.iterdir()) if entry.is_file())
+    return tuple(FileDescription(entry.name, entry.stat().st_size) for entry in entries)

@@ -1,0 +1,270 @@
+"""save_checkpoint: weights to a folder in the Hugging Face layout, whole or not at all."""
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+
+from gemma_hub.checkpoints.folder import INDEX_FILE, SINGLE_FILE, is_weight_file, listing
+from gemma_hub.checkpoints.reader import EMBEDDING, read_eos_token_ids
+from gemma_hub.checkpoints.safetensors_file import FORMAT_DTYPES
+from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten
+from gemma_hub.parameters import DTYPES, Weights, parameter_shapes, shape_origin
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in total) while weights are written."""
+
+_FORMAT_WORDS = {name: word for word, name in FORMAT_DTYPES.items()}
+_GENERATION_CONFIG = "generation_config.json"
+_WRITTEN_AT_ONCE = 16 << 20  # bytes
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: GemmaConfig,
+    weights: Weights,
+    *,
+    files: Sequence[str | Path] = (),
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint that `open_checkpoint` and Transformers read.
+
+    Everything goes to a hidden folder beside `path`, which is renamed when it is complete: after a
+    failure there is the old checkpoint, or none. One tensor at a time is held in memory.
+
+    Args:
+        path: the folder to make.
+        config: written to config.json, with the type of the weights.
+        weights: exactly the parameters that `config` calls for.
+        files: files to copy beside them, such as tokenizer.model. A generation_config.json among
+            them is kept as it is; without one it is made from the ids in `config`.
+        max_shard_bytes: size above which the weights go to several files.
+        overwrite: replace an existing checkpoint folder, as a whole. A folder that holds anything
+            else than a checkpoint's files is never replaced.
+        progress: told how far the writing is.
+
+    Raises:
+        CheckpointError: the weights do not fit `config`, `path` exists, or it cannot be written.
+        CheckpointNotFoundError: one of `files` does not exist.
+    """
+    sizes = _checked_sizes(config, weights)
+    copies = _checked_copies(files)
+    # The real folder, so that the hidden one is on the same disk also where `path` is a link.
+    target = Path(path).expanduser().resolve()
+    _check_target(target, overwrite)
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        hidden.mkdir(parents=True)
+        _write_json(hidden / "config.json", _config_json(config, weights))
+        _write_json(hidden / _GENERATION_CONFIG, _generation_json(config))
+        for source in copies:
+            _copy(source, hidden / source.name)
+        read_eos_token_ids(hidden, config)  # so that a damaged file is not copied
+        _write_weights(hidden, weights, sizes, max_shard_bytes, progress)
+        _sync(hidden)
+        _move(hidden, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written: {error.strerror or error}. The weights need "
+            f"{sum(sizes.values()):,} bytes of disk. What was there before is still there."
+        ) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+# -- checks, before anything is written ------------------------------------------------------------
+
+
+def _checked_sizes(config: GemmaConfig, weights: Weights) -> dict[str, int]:
+    """{name: bytes} of what `config` calls for, in file order; an error if `weights` differ."""
+    shapes, there = parameter_shapes(config), set(weights.names())
+    problems = {
+        "Missing": [name for name in shapes if name not in there],
+        "Unexpected": [name for name in there if name not in shapes],
+        "Misshapen": [
+            f"{name} is {weights.shape(name)}, expected {shape} from {shape_origin(config, name)}"
+            for name, shape in shapes.items()
+            if name in there and weights.shape(name) != shape
+        ],
+        "Of another type": [
+            f"{name} is {weights.dtype(name)}, expected {' or '.join(DTYPES)}"
+            for name in shapes
+            if name in there and weights.dtype(name) not in DTYPES
+        ],
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            "The weights are not those that the config calls for; nothing was written.\n"
+            + listing(problems).rstrip()
+        )
+    return {
+        name: math.prod(shape) * DTYPES[weights.dtype(name)].itemsize
+        for name, shape in shapes.items()
+    }
+
+
+def _checked_copies(files: Sequence[str | Path]) -> list[Path]:
+    copies = [Path(file).expanduser() for file in files]
+    names: set[str] = set()
+    for file in copies:
+        if not file.is_file():
+            raise CheckpointNotFoundError(f"There is no file {file} to copy into the checkpoint.")
+        if file.name in names or file.name == "config.json" or is_weight_file(file.name):
+            raise CheckpointError(
+                f"{file} cannot be copied into the checkpoint: it has another file of that name."
+            )
+        names.add(file.name)
+    return copies
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file. Choose another path for the checkpoint.")
+    entries = sorted(target.iterdir())
+    if entries and not overwrite:
+        raise CheckpointError(
+            f"{target} exists already. Choose another path, or pass overwrite=True to replace it."
+        )
+    strange = [entry.name for entry in entries if not entry.is_file()]
+    if entries and (strange or not (target / "config.json").is_file()):
+        what = f"it holds folders ({first_ten(strange)})" if strange else "it has no config.json"
+        raise CheckpointError(f"{target} is not replaced: {what}, so it is not a checkpoint only.")
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _config_json(config: GemmaConfig, weights: Weights) -> dict[str, Any]:
+    return dataclasses.replace(config, dtype=weights.dtype(EMBEDDING)).to_dict()
+
+
+def _generation_json(config: GemmaConfig) -> dict[str, Any]:
+    written = config.to_dict()
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: written[key] for key in keys if written[key] is not None}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        _flush(file)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    with source.open("rb") as reader, destination.open("wb") as writer:
+        shutil.copyfileobj(reader, writer)
+        _flush(writer)
+
+
+def _write_weights(
+    folder: Path,
+    weights: Weights,
+    sizes: Mapping[str, int],
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> None:
+    """The weight files, and the index where there are several."""
+    shards = _shards(sizes, max_shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE_FILE] if len(shards) == 1 else names
+    total, done = sum(sizes.values()), 0
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            for written in _write_safetensors(file, weights, shard):
+                done += written
+                if progress:
+                    progress(done, total)
+            _flush(file)
+    if len(shards) > 1:
+        places = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names in file order, a new shard where the next tensor would go past the size."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_safetensors(file: BinaryIO, weights: Weights, names: Sequence[str]) -> Iterator[int]:
+    """Write one file, yielding the number of bytes of each piece of tensor data.
+
+    The format: the header's length as 8 bytes, little-endian; the header as JSON, padded with
+    spaces to a multiple of 8; the tensors without a gap.
+    """
+    # The widest types first: then every tensor starts at a multiple of its item size.
+    ordered = sorted(names, key=lambda name: -DTYPES[weights.dtype(name)].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in ordered:
+        shape, dtype = weights.shape(name), weights.dtype(name)
+        end = start + math.prod(shape) * DTYPES[dtype].itemsize
+        entry = {"dtype": _FORMAT_WORDS[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = entry
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        array = weights.read(name)
+        if array.shape != weights.shape(name) or array.dtype != DTYPES[weights.dtype(name)]:
+            raise CheckpointError(
+                f"{name} was announced as {weights.dtype(name)} {weights.shape(name)} and reads as "
+                f"{array.dtype} {array.shape}; the backend's export is wrong."
+            )
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for i in range(0, data.size, _WRITTEN_AT_ONCE):
+            yield file.write(data[i : i + _WRITTEN_AT_ONCE].data)
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make the entries of a folder last through a power cut, where the system has a way."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(hidden: Path, target: Path) -> None:
+    """Rename `hidden` to `target`; what was there is removed once the new one is in its place."""
+    old = hidden.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        hidden.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
