@@ -1,0 +1,157 @@
+"""Gemma.load: from a checkpoint's name to a model that runs, on any backend."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_hub.backend import (
+    BuildOptions,
+    Model,
+    SupportsCache,
+    SupportsExport,
+    TaskSpec,
+)
+from gemma_hub.checkpoints import Checkpoint, open_checkpoint
+from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import (
+    CheckpointNotFoundError,
+    InputError,
+    PluginError,
+    UnsupportedFeature,
+    nearest,
+)
+from gemma_hub.parameters import DTYPES
+from gemma_hub.plugins.registry import LoadedBackend, plugin_registry
+from gemma_hub.tasks.causal_lm import CausalLM
+from gemma_hub.tokenizers import GemmaTokenizer
+
+TASKS: dict[str, Callable[..., CausalLM]] = {"causal_lm": CausalLM}
+"""What a model can be loaded for, by name."""
+
+# What `save` puts beside the weights, where the source has it.
+_COMPANIONS = """
+    tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+    chat_template.jinja generation_config.json
+""".split()
+_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class Gemma:
+    """The front door."""
+
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        task: str = "causal_lm",
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+    ) -> CausalLM:
+        """A checkpoint, built on a backend.
+
+        Args:
+            source: a checkpoint folder, or the name of an installed checkpoint ("tiny").
+            backend: its name, or "distribution:name"; None for the one that GEMMA_HUB_BACKEND
+                names, else as `PluginRegistry.load` chooses.
+            task: what to load it for: "causal_lm".
+            dtype: a key of `gemma_hub.parameters.DTYPES`; "auto" for the checkpoint's own.
+            device: one of the backend's `devices()`, in its own words; "auto" for its default.
+            allow_unknown: keys of config.json to ignore although nothing here knows them.
+
+        Raises:
+            CheckpointNotFoundError: there is no such checkpoint.
+            CheckpointError, ConfigError, TokenizerError: the checkpoint is damaged or unknown.
+            BackendNotFoundError, PluginError: there is no such backend, or it does not load.
+            UnsupportedFeature: the backend lacks the dtype or something that the config needs.
+            InputError: the task, the dtype or the device is no known name.
+        """
+        _check_name("task", task, TASKS)
+        _check_name("dtype", dtype, ("auto", *DTYPES))
+        checkpoint = open_checkpoint(_resolved(source), allow_unknown=tuple(allow_unknown))
+        loaded = plugin_registry().load(backend)
+        dtype = checkpoint.dtype if dtype == "auto" else dtype
+        _check_support(loaded, checkpoint.config, dtype)
+        model = loaded.backend.build(
+            checkpoint.config,
+            TaskSpec(task),
+            checkpoint.weights,
+            BuildOptions(dtype=dtype, device=device),
+        )
+        _check_contract(loaded, model)
+        return TASKS[task](
+            model,
+            checkpoint.config,
+            backend=loaded,
+            dtype=dtype,
+            tokenizer=_tokenizer(checkpoint),
+            eos_token_ids=checkpoint.eos_token_ids,
+            files=[path for name in _COMPANIONS if (path := checkpoint.path / name).is_file()],
+        )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> GemmaTokenizer | None:
+    path = checkpoint.tokenizer_path
+    return None if path is None else GemmaTokenizer.from_pretrained(path)
+
+
+def _resolved(source: str | os.PathLike[str]) -> Path:
+    """The folder that `source` means; it need not exist where `source` can only be a path."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.exists() or isinstance(source, os.PathLike):
+        return path
+    if _REPO_ID.fullmatch(name):
+        folder = name.rpartition("/")[2]
+        raise CheckpointNotFoundError(
+            f"There is no folder {name!r}. If it is a repository of the Hugging Face hub: this "
+            "version does not fetch from there. Download it with 'pip install huggingface_hub' "
+            f"and 'hf download {name} --local-dir {folder}', then load {folder!r}."
+        )
+    if name.startswith((".", "~")) or os.sep in name or (os.altsep or os.sep) in name:
+        return path
+    try:
+        return Path(plugin_registry().checkpoint(name).path)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(f"{error} There is no folder of that name either.") from None
+
+
+def _check_name(what: str, name: Any, known: Sequence[str] | dict[str, Any]) -> None:
+    if name not in known:
+        hint = nearest(str(name), known)
+        raise InputError(
+            f"There is no {what} {name!r}. {hint}{' ' if hint else ''}Known: {', '.join(known)}."
+        )
+
+
+def _check_support(loaded: LoadedBackend, config: GemmaConfig, dtype: str) -> None:
+    for feature in config.required_features:
+        if feature not in loaded.spec.features:
+            raise UnsupportedFeature(
+                feature, loaded.name, "This checkpoint's config needs it; choose another backend."
+            )
+    if dtype not in loaded.spec.dtypes:
+        raise UnsupportedFeature(
+            dtype,
+            loaded.name,
+            f"Pass dtype=... with one that it has: {', '.join(loaded.spec.dtypes)}.",
+        )
+
+
+def _check_contract(loaded: LoadedBackend, model: object) -> None:
+    """The model does what its backend's spec promises, as far as names can tell."""
+    promised: list[tuple[str, Any]] = [("forward", Model)]
+    features = loaded.spec.features
+    promised += [("cache", SupportsCache)] if "cache" in features else []
+    promised += [("export", SupportsExport)] if "export" in features else []
+    for feature, protocol in promised:
+        if not isinstance(model, protocol):
+            members = sorted(protocol.__protocol_attrs__)
+            missing = [member for member in members if not hasattr(model, member)]
+            raise PluginError(
+                f"Backend {loaded.name!r} (from {loaded.distribution} {loaded.version}) built a "
+                f"{type(model).__name__} that lacks {', '.join(missing)}, which {feature!r} "
+                "needs. Report it to the authors of that distribution."
+            )
