@@ -1,4 +1,4 @@
-"""The suite as a command: `gemma-hub conformance NAME`. Light: the suite is imported when it runs."""
+"""The suite as a command, `gemma-hub conformance NAME`. Light: it imports the suite to run it."""
 
 from typing import Any
 

@@ -1,0 +1,24 @@
+"""The cases, by the behaviour that they check."""
+
+from gemma_hub_conformance.cases import (
+    cache,
+    contract,
+    forward,
+    generation,
+    liveness,
+    masks,
+    narrow,
+    outputs,
+    positions,
+)
+from gemma_hub_conformance.spec import CaseSpec
+
+
+def all_cases() -> dict[str, CaseSpec]:
+    """Every case by its id, in the order in which they run."""
+    modules = (contract, forward, positions, masks, outputs, liveness, cache, narrow, generation)
+    cases = [case for module in modules for case in module.cases()]
+    by_id = {case.id: case for case in cases}
+    if len(by_id) != len(cases):
+        raise RuntimeError("Two cases have one id.")
+    return by_id

@@ -1,0 +1,74 @@
+"""L2.forward: logits of every designed checkpoint, padded on every side."""
+
+from functools import partial
+
+from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, LATER, DesignedCheckpoint
+from gemma_hub_conformance.rows import Batch, Row, row, tokens
+from gemma_hub_conformance.spec import CaseContext, CaseSpec
+
+LENGTH = 23
+"""Slots of every batch of three rows: one shape, so that a compiled backend compiles once."""
+
+PADDINGS = {
+    "no_padding": (row(tokens(23, 1)), row(tokens(23, 2)), row(tokens(23, 3))),
+    "left_padding": (row(tokens(23, 1)), row(tokens(14, 4), left=9), row(tokens(22, 5), left=1)),
+    "right_padding": (row(tokens(23, 1)), row(tokens(17, 6)), row(tokens(14, 4))),
+    "both_sides": (
+        row(tokens(14, 4), left=4),
+        row(tokens(17, 6), left=1),
+        row(tokens(1, 7), left=11),
+    ),
+}
+
+
+def cases() -> list[CaseSpec]:
+    """Four paddings of each checkpoint, and the shapes that are not three rows of 23."""
+    return [
+        *(
+            CaseSpec(
+                f"L2.forward.{checkpoint.name}.{padding}",
+                f"Logits of `{checkpoint.name}`: {padding.replace('_', ' ')}.",
+                partial(_matches, checkpoint=checkpoint, rows=rows),
+            )
+            for checkpoint in CHECKPOINTS.values()
+            for padding, rows in PADDINGS.items()
+        ),
+        CaseSpec(
+            "L2.forward.single_row", "A batch of one row.",
+            partial(_matches, checkpoint=GQA, rows=(row(tokens(23, 1)),)),
+        ),
+        CaseSpec(
+            "L2.forward.one_token", "A batch of one row of one token.",
+            partial(_matches, checkpoint=GQA, rows=(row(tokens(1, 7)),), length=1),
+        ),
+        *(
+            CaseSpec(
+                f"L2.forward.{name}",
+                f"Logits of a model with the feature `{name}`, on a padded batch.",
+                partial(_matches, checkpoint=checkpoint, rows=PADDINGS["left_padding"]),
+                needs=frozenset({name}),
+            )
+            for name, checkpoint in LATER.items()
+        ),
+        CaseSpec(
+            "L2.padding.left_sweep",
+            "0 to 17 slots of padding on the left: every count gives the unpadded row's logits.",
+            _left_sweep,
+        ),
+    ]  # fmt: skip
+
+
+def _matches(
+    context: CaseContext,
+    checkpoint: DesignedCheckpoint,
+    rows: tuple[Row, ...],
+    length: int = LENGTH,
+) -> None:
+    batch = Batch.of(rows, length)
+    context.judge_logits(context.forward(checkpoint, batch).logits, checkpoint, batch)
+
+
+def _left_sweep(context: CaseContext) -> None:
+    ids = tokens(5, 8)
+    for first in range(0, 18, 3):
+        _matches(context, GQA, tuple(row(ids, left=first + i) for i in range(3)))
