@@ -70,7 +70,7 @@ class Gemma:
         """
         _check_name("task", task, TASKS)
         _check_name("dtype", dtype, ("auto", *DTYPES))
-        checkpoint = open_checkpoint(_resolved(source), allow_unknown=tuple(allow_unknown))
+        checkpoint = open_checkpoint(resolved(source), allow_unknown=tuple(allow_unknown))
         loaded = plugin_registry().load(backend)
         dtype = checkpoint.dtype if dtype == "auto" else dtype
         _check_support(loaded, checkpoint.config, dtype)
@@ -97,7 +97,7 @@ def _tokenizer(checkpoint: Checkpoint) -> GemmaTokenizer | None:
     return None if path is None else GemmaTokenizer.from_pretrained(path)
 
 
-def _resolved(source: str | os.PathLike[str]) -> Path:
+def resolved(source: str | os.PathLike[str]) -> Path:
     """The folder that `source` means; it need not exist where `source` can only be a path."""
     name = os.fspath(source)
     path = Path(name).expanduser()
