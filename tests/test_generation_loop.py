@@ -106,16 +106,23 @@ def test_the_configs_stop_ids_apply_unless_the_settings_have_some(fake_model, fa
     assert generate_ids(fake_model, config, PROMPTS[:1], never)[0].token_ids == free
 
 
-def test_finished_rows_are_masked_and_the_loop_ends_with_the_last_of_them(fake_model):
-    free = ids(fake_model, PROMPTS, GREEDY)
-    stops = {row[1] for row in free[:2]}
-    fake_model.calls.clear()
-    settings = GenerationSettings(max_new_tokens=12, eos_token_id=stops)
-    rows = generate_ids(fake_model, fake_model.config, PROMPTS, settings)
+def test_finished_rows_are_masked(model):
+    free = ids(model, PROMPTS, GREEDY)
+    settings = GenerationSettings(max_new_tokens=12, eos_token_id={row[1] for row in free[:2]})
+    model.calls.clear()
+    rows = generate_ids(model, model.config, PROMPTS, settings)
     lengths = np.array([len(row.token_ids) for row in rows])
-    assert len(fake_model.calls) == lengths.max()
-    for step, call in enumerate(fake_model.calls[1:], start=1):
-        np.testing.assert_array_equal(call.attention_mask[:, 0], lengths > step)
+    assert lengths.min() < lengths.max()
+    for step, call in enumerate(model.calls[1:], start=1):
+        np.testing.assert_array_equal(call.attention_mask[:, -1], lengths > step)
+
+
+def test_the_loop_ends_with_its_last_row(model):
+    free = ids(model, PROMPTS, GREEDY)
+    settings = GenerationSettings(max_new_tokens=12, eos_token_id={row[2] for row in free})
+    model.calls.clear()
+    rows = generate_ids(model, model.config, PROMPTS, settings)
+    assert len(model.calls) == max(len(row.token_ids) for row in rows) <= 3
 
 
 def test_prompts_are_padded_on_the_left_and_only_the_last_logits_are_computed(fake_model):
@@ -203,6 +210,8 @@ def test_a_wrong_prompt_is_an_error_before_any_work(model, prompts, error, words
 def test_the_last_position_can_be_used(model):
     settings = GenerationSettings(max_new_tokens=5)
     assert len(ids(model, [[3] * 60], settings)[0]) == 5
+    with pytest.raises(CapacityError, match=r"needs 65 positions.*at most 4 new tokens"):
+        stream_ids(model, model.config, [[3] * 61], settings)
 
 
 def test_a_stop_id_outside_the_vocabulary_is_an_error(model):

@@ -50,8 +50,11 @@ def test_uniform_is_the_middle_of_a_23_bit_interval_and_exact_in_float32():
     np.testing.assert_array_equal(numbers * 2**23 % 1, 0.5)
     assert numbers.min() > 0
     assert numbers.max() < 1
-    first, _ = threefry2x32((0, 3), (49, 199))
-    assert numbers[49, 199] == ((int(first) >> 9) + 0.5) / 2**23
+
+
+def test_the_key_is_the_seeds_two_words_and_the_counter_row_and_step():
+    first, _ = threefry2x32((0x89ABCDEF, 0x01234567), (49, 199))
+    assert uniform(0x89ABCDEF01234567, 49, 199) == ((int(first) >> 9) + 0.5) / 2**23
 
 
 def test_uniform_uses_all_64_bits_of_the_seed_and_both_words_of_the_counter():

@@ -142,7 +142,8 @@ class CausalLM:
         checked = self._settings(settings)
         prompts = self._prompts(prompt, None, None)
         tokens = stream_ids(self.contract, self.config, prompts, checked)
-        return _pieces(tokens, IncrementalDecoder(self._needed_tokenizer()))
+        decoder = IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
+        return _pieces(tokens, decoder)
 
     # -- the model itself ----------------------------------------------------------------------
 
