@@ -1,0 +1,73 @@
+"""`gemma-hub`: the application, its options, and what errors become.
+
+Exit codes: 0 all is well; 1 an error, a failed comparison or a problem found; 2 wrong usage;
+130 interrupted.
+"""
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+
+from gemma_hub.cli.backends import backends
+from gemma_hub.cli.console import say_error
+from gemma_hub.cli.doctor import doctor
+from gemma_hub.cli.extensions import CommandGroup
+from gemma_hub.cli.generate import generate
+from gemma_hub.cli.inspect import inspect
+from gemma_hub.cli.parity import parity
+from gemma_hub.errors import GemmaHubError
+
+INTERRUPTED = 130
+
+
+class _Group(CommandGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except GemmaHubError as error:
+            if ctx.params.get("debug"):
+                sys.stderr.write(traceback.format_exc())
+            say_error(str(error))
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="gemma-hub",
+    help="The same Gemma, in any framework, with a proof.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_Group.core = app
+
+for _command in (generate, parity, backends, doctor, inspect):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gemma-hub {version('gemma-hub')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """The same Gemma, in any framework, with a proof."""
+
+
+def main() -> None:
+    """Entry point of the console script `gemma-hub`."""
+    app(prog_name="gemma-hub")

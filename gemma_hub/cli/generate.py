@@ -1,0 +1,135 @@
+"""`gemma-hub generate`: continue a text."""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from gemma_hub.cli.console import err, out, waiting, write
+
+if TYPE_CHECKING:
+    from gemma_hub.generation.settings import GenerationSettings
+    from gemma_hub.outputs import TextPiece
+    from gemma_hub.tasks.causal_lm import CausalLM
+
+
+def generate(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, or an installed name: tiny.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
+    backend: Annotated[
+        str | None, typer.Option(help="Backend; see gemma-hub backends.", show_default="torch")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Compute type; auto is the checkpoint's own.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Device, in the framework's words.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many new tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most probable token; higher is more varied.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many most probable tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the fewest tokens that together are this probable."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the draws: the same seed, the same text.", show_default="random"),
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Write the text as it is made.", show_default="on a terminal"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write one JSON object with text, ids and settings.")
+    ] = False,
+) -> None:
+    """Continue a text: prints the prompt and what follows it."""
+    from gemma_hub.generation.settings import GenerationSettings
+
+    if as_json and stream:
+        raise typer.BadParameter("--json writes one object at the end; leave out --stream.")
+    # Checked before the model is loaded; and a seed that is drawn here can be shown.
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    with waiting(f"Loading {source}"):
+        from gemma_hub.gemma import Gemma
+
+        lm = Gemma.load(source, backend=backend, dtype=dtype, device=device)
+    if as_json:
+        _write_json(lm, source, prompt, settings)
+        return
+    console = out()
+    console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+    start = time.perf_counter()
+    if console.is_terminal if stream is None else stream:
+        count = _write_stream(lm, prompt, settings)
+    else:
+        with waiting("Generating"):
+            generation = lm.generate(prompt, **_keywords(settings))
+        write(generation.text)
+        count = len(generation.token_ids)
+    write("\n")
+    _say_how(lm, settings, count, time.perf_counter() - start)
+
+
+def _keywords(settings: "GenerationSettings") -> dict[str, object]:
+    given = dataclasses.asdict(settings)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _write_stream(lm: "CausalLM", prompt: str, settings: "GenerationSettings") -> int:
+    """Write the pieces as they come; the number of new tokens."""
+    pieces: "Iterator[TextPiece]" = lm.stream(prompt, **_keywords(settings))
+    count = 0
+    try:
+        for piece in pieces:
+            count += piece.token_id is not None
+            write(piece.text)
+    except KeyboardInterrupt:
+        write("\n")
+        raise
+    return count
+
+
+def _write_json(lm: "CausalLM", source: str, prompt: str, settings: "GenerationSettings") -> None:
+    with waiting("Generating"):
+        generation = lm.generate(prompt, **_keywords(settings))
+    record = {
+        "source": source,
+        "prompt": prompt,
+        **dataclasses.asdict(generation),
+        "settings": dataclasses.asdict(settings),
+        "backend": lm.backend.name,
+        "distribution": lm.backend.distribution,
+        "version": lm.backend.version,
+        "dtype": lm.dtype,
+        "device": lm.device,
+    }
+    write(json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+
+
+def _say_how(lm: "CausalLM", settings: "GenerationSettings", count: int, seconds: float) -> None:
+    console = err()
+    if not (console.is_terminal and sys.stdout.isatty()):
+        return
+    seed = f", seed {settings.seed}" if settings.temperature > 0 else ""
+    console.print(
+        f"{count} tokens at {count / max(seconds, 1e-9):.1f} a second; "
+        f"{lm.backend.name}, {lm.dtype} on {lm.device}{seed}",
+        style="dim",
+    )

@@ -1,0 +1,71 @@
+"""`gemma-hub inspect`: what a checkpoint folder holds and what is wrong with it."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from gemma_hub.cli.console import out, table, write
+
+if TYPE_CHECKING:
+    from gemma_hub.checkpoints import Description
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or an installed name: tiny.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+) -> None:
+    """Describe a checkpoint without loading it; exit code 1 if something is wrong with it."""
+    from gemma_hub.checkpoints import describe_checkpoint
+    from gemma_hub.gemma import resolved
+
+    description = describe_checkpoint(resolved(path))
+    if as_json:
+        record = description.to_dict()
+        if not tensors:
+            del record["tensors"]
+        write(json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    else:
+        _print(description, tensors)
+    if description.problems:
+        raise typer.Exit(1)
+
+
+def _print(description: "Description", tensors: bool) -> None:
+    console = out()
+    facts = table(description.path, "config", "")
+    facts.add_row("parameters", f"{description.num_parameters:,}")
+    facts.add_row("type", description.dtype or "unknown")
+    facts.add_row("tensors", str(len(description.tensors)))
+    facts.add_row("end of text", ", ".join(map(str, description.eos_token_ids)) or "no id")
+    for name, value in (description.config or {}).items():
+        facts.add_row(name, json.dumps(value))
+    if description.files:
+        console.print(facts)
+    files = table("files", "file", "size")
+    files.columns[1].justify = "right"
+    for file in description.files:
+        files.add_row(file.name, _size(file.nbytes))
+    if description.files:
+        console.print(files)
+    if tensors:
+        listed = table("tensors", "tensor", "shape", "type", "size", "file")
+        for tensor in description.tensors:
+            shape = " x ".join(map(str, tensor.shape))
+            listed.add_row(tensor.name, shape, tensor.dtype, _size(tensor.nbytes), tensor.file)
+        console.print(listed)
+    for problem in description.problems:
+        console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
+    if not description.problems:
+        console.print("No problems.", style="green")
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
