@@ -70,6 +70,16 @@ def test_what_is_stored_fits_the_type(dtype, config, weights, ids):
         np.testing.assert_array_equal(array, array.astype(DTYPES[dtype]).astype(np.float64))
 
 
+def test_angles_and_scores_are_float32_whatever_the_type(config, weights):
+    model = Witness(config, weights, "bfloat16", 0)
+    random = np.random.default_rng(0)
+    positions = random.integers(0, 8192, (3, 23))
+    q, k = model.store(random.normal(size=(2, 3, 23, 6, 16)))
+    for array in (model.angles(positions, 0), model.scores(q, k[:, :, :2])):
+        np.testing.assert_array_equal(array, array.astype(np.float32).astype(np.float64))
+        assert (array != array.astype(ml_dtypes.bfloat16).astype(np.float64)).mean() > 0.5
+
+
 @pytest.mark.parametrize("dtype", UNIT)
 def test_parameters_are_rounded_to_nearest(dtype, config, weights):
     name = "model.layers.1.mlp.up_proj.weight"
@@ -95,6 +105,7 @@ def test_sums_are_taken_in_float32_in_another_order(config, weights):
     exact = np.einsum("bti,oi->bto", a.astype(np.float64), b.astype(np.float64))
     scale = np.einsum("bti,oi->bto", np.abs(a), np.abs(b))
     assert drawn.std(axis=0).max() > 0
+    np.testing.assert_array_equal(drawn, drawn.astype(np.float32).astype(np.float64))
     assert (np.abs(drawn - exact) / scale).max() < 300 * UNIT["float32"]
 
 
