@@ -5,6 +5,7 @@ from typing import Any
 
 import pluggy
 
+from gemma_hub.errors import nearest
 from gemma_hub.plugins import hookspecs
 from gemma_hub.plugins.checks import checked_backends, checked_checkpoints
 from gemma_hub.plugins.discovery import Candidate
@@ -62,12 +63,15 @@ def _registered(plugin: Any, candidate: Candidate) -> pluggy.PluginManager:
         raise PluginFailure("hooks", f"{candidate.entry_point.value!r} is None; expected a module")
     hooks = pluggy.PluginManager(hookspecs.PROJECT)
     hooks.add_hookspecs(hookspecs)
+    known = sorted(vars(hooks.hook))
     try:
         hooks.register(plugin, name=f"{candidate.distribution}:{candidate.name}")
         hooks.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginFailure("hooks", " ".join(in_words(error).split())) from error
-    known = sorted(name for name in vars(hooks.hook) if name.startswith("gemma_hub_"))
+        misspelt = [name for name in vars(hooks.hook) if name not in known]
+        hint = nearest(misspelt[0], known) if misspelt else ""
+        cause = f"{' '.join(in_words(error).split())}. {hint}"
+        raise PluginFailure("hooks", cause.rstrip(". ")) from error
     for name in known:
         implementations = getattr(hooks.hook, name).get_hookimpls()
         if not implementations and callable(getattr(plugin, name, None)):

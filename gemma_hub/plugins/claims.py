@@ -101,10 +101,11 @@ class BackendClaim:
             return self.loaded
         assert self.problem is not None  # without a spec there is one
         problem = self.problem
+        stop = "" if problem.cause.endswith((".", "?")) else "."
         raise PluginError(
             f"Backend {self.name!r} of {problem.distribution or 'an unknown distribution'} "
             f"{problem.version} is installed and cannot be loaded ({problem.phase}): "
-            f"{problem.cause.rstrip('.')}. {problem.remedy}"
+            f"{problem.cause}{stop} {problem.remedy}"
         ) from self.error
 
 

@@ -124,13 +124,15 @@ def find_candidates(
                 found.extend(_declared(distribution))
             except Exception as error:  # noqa: BLE001  # whatever a broken file makes a parser raise
                 problems.append(_unreadable(distribution, error))
-    candidates: dict[tuple[str, str], Candidate] = {}
+    candidates: dict[tuple[str, str, str], Candidate] = {}
     versions: dict[str, str] = {}
     for entry_point in found:
         candidate = Candidate(*_identity(entry_point.dist), entry_point)
         first = versions.setdefault(candidate.owner, candidate.version)
         if first == candidate.version:
-            candidates.setdefault((candidate.owner, candidate.name), candidate)
+            # Without a name, two distributions cannot be told from one that is seen twice.
+            value = "" if candidate.owner else entry_point.value
+            candidates.setdefault((candidate.owner, candidate.name, value), candidate)
         else:
             problems.append(_seen_twice(candidate, first))
     return [candidates[key] for key in sorted(candidates)], problems
