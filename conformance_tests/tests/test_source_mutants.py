@@ -1,8 +1,8 @@
 """Breaking a line of numerics in the source of either backend makes the suite fail.
 
 Each entry is one edit of one file. The edited package is imported beside the real one, built into
-a backend and given to the case that must notice. The two backends are one text in two dialects, so most edits
-are the same string in both.
+a backend and given to the case that must notice. The two backends are one text in two dialects,
+so most edits are the same string in both.
 """
 
 import importlib
