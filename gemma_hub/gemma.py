@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_hub.backend import (
-    BuildOptions,
-    Model,
-    SupportsCache,
-    SupportsExport,
-    TaskSpec,
-)
+from gemma_hub.backend import BuildOptions, TaskSpec
 from gemma_hub.checkpoints import Checkpoint, open_checkpoint
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import (
@@ -35,6 +29,12 @@ _COMPANIONS = """
     tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
     chat_template.jinja generation_config.json
 """.split()
+# The members that every model has ("forward"), and those that a declared feature adds.
+_PROMISES = {
+    "forward": ("device", "forward", "native", "to_numpy"),
+    "cache": ("extend", "init_cache"),
+    "export": ("export",),
+}
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -133,23 +133,15 @@ def _check_support(loaded: LoadedBackend, config: GemmaConfig, dtype: str) -> No
                 feature, loaded.name, "This checkpoint's config needs it; choose another backend."
             )
     if dtype not in loaded.spec.dtypes:
-        raise UnsupportedFeature(
-            dtype,
-            loaded.name,
-            f"Pass dtype=... with one that it has: {', '.join(loaded.spec.dtypes)}.",
-        )
+        known = ", ".join(loaded.spec.dtypes)
+        raise UnsupportedFeature(f"dtype:{dtype}", loaded.name, f"Pass dtype= one of {known}.")
 
 
-def _check_contract(loaded: LoadedBackend, model: object) -> None:
-    """The model does what its backend's spec promises, as far as names can tell."""
-    promised: list[tuple[str, Any]] = [("forward", Model)]
-    features = loaded.spec.features
-    promised += [("cache", SupportsCache)] if "cache" in features else []
-    promised += [("export", SupportsExport)] if "export" in features else []
-    for feature, protocol in promised:
-        if not isinstance(model, protocol):
-            members = sorted(protocol.__protocol_attrs__)
-            missing = [member for member in members if not hasattr(model, member)]
+def _check_contract(loaded: LoadedBackend, model: Any) -> None:
+    """The model has what its backend's spec promises, as far as names can tell."""
+    for feature, members in _PROMISES.items():
+        missing = [name for name in members if getattr(model, name, None) is None]
+        if missing and (feature == "forward" or feature in loaded.spec.features):
             raise PluginError(
                 f"Backend {loaded.name!r} (from {loaded.distribution} {loaded.version}) built a "
                 f"{type(model).__name__} that lacks {', '.join(missing)}, which {feature!r} "

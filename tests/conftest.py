@@ -1,13 +1,18 @@
 """A small model that needs no framework, for tests of what runs on top of a model."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
+import sentencepiece
 
 from gemma_hub.backend import Cache
 from gemma_hub.config import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import ArrayWeights
+from gemma_hub.tokenizers import GemmaTokenizer
 
 WIDTH = 16
 
@@ -94,3 +99,46 @@ def fake_model(fake_config: GemmaConfig) -> CachedModel:
 @pytest.fixture
 def uncached_model(fake_config: GemmaConfig) -> UncachedModel:
     return UncachedModel(fake_config)
+
+
+def vocabulary(*marks: str) -> bytes:
+    """A tokenizer.model with bytes, a few words and `marks` as user-defined pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the king and the queen", "a small dog ran to the king"] * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        user_defined_symbols=list(marks),
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> bytes:
+    return vocabulary("<start_of_turn>", "<end_of_turn>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_model: bytes) -> GemmaTokenizer:
+    return GemmaTokenizer(tokenizer_model)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> GemmaTokenizer:
+    """One without turns."""
+    return GemmaTokenizer(vocabulary())
+
+
+@pytest.fixture
+def text_model(fake_config: GemmaConfig, tokenizer: GemmaTokenizer) -> CachedModel:
+    return CachedModel(dataclasses.replace(fake_config, vocab_size=tokenizer.vocab_size))

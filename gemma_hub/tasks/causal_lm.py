@@ -211,6 +211,8 @@ class CausalLM:
             return _rows(input_ids, attention_mask)
         if attention_mask is not None:
             raise InputError("attention_mask goes with input_ids; a text has no padding.")
+        if not isinstance(prompt, Iterable):
+            raise InputError(f"The prompt is {type(prompt).__name__}; expected a text or several.")
         tokenizer = self._needed_tokenizer()
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         for row, text in enumerate(texts):

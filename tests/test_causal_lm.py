@@ -1,0 +1,303 @@
+"""CausalLM: prompts of every kind, texts, stop ids, streams and errors."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gemma_hub.errors import CapacityError, InputError, TokenizerError, UnsupportedFeature
+from gemma_hub.generation.loop import generate_ids
+from gemma_hub.generation.settings import GenerationSettings
+from gemma_hub.outputs import ModelOutputs
+from gemma_hub.plugins.registry import LoadedBackend
+from gemma_hub.plugins.spec import BackendSpec
+from gemma_hub.tasks.causal_lm import CausalLM
+
+TEXT = "the king"
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 200, "seed": 3}
+
+
+class ScriptedModel:
+    """Says the same tokens whatever it is asked."""
+
+    native, device = "a script", "fake:0"
+
+    def __init__(self, vocab_size, prompt_length, script):
+        self.vocab_size, self.prompt_length, self.script = vocab_size, prompt_length, script
+
+    def forward(self, inputs):
+        logits = np.zeros((*inputs.shape, self.vocab_size), np.float32)
+        logits[..., self.script[inputs.shape[1] - self.prompt_length]] = 1.0
+        return ModelOutputs(logits)
+
+    def to_numpy(self, array):
+        return array
+
+
+def make(model, tokenizer, config=None, features=(), **options):
+    spec = BackendSpec(
+        name="fake", api_version="1.0", factory="fake:Fake", features=frozenset(features)
+    )
+    backend = LoadedBackend(
+        name="fake", spec=spec, distribution="fake-dist", version="1.2", backend=None
+    )
+    config = model.config if config is None else config
+    return CausalLM(model, config, backend=backend, dtype="float32", tokenizer=tokenizer, **options)
+
+
+@pytest.fixture
+def lm(text_model, tokenizer):
+    return make(text_model, tokenizer, features={"cache", "export"})
+
+
+@pytest.fixture
+def scripted(text_model, tokenizer):
+    """A CausalLM that answers `TEXT` with the given pieces, bytes and ids."""
+
+    def build(*script, tokenizer=tokenizer, **options):
+        ids = []
+        for part in script:
+            if isinstance(part, bytes):
+                ids += [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in part]
+            elif isinstance(part, str):
+                ids += tokenizer.encode(part, add_special_tokens=False)
+            else:
+                ids.append(part)
+        length = len(tokenizer.encode(TEXT))
+        model = ScriptedModel(tokenizer.vocab_size, length, ids)
+        config = dataclasses.replace(text_model.config, vocab_size=tokenizer.vocab_size)
+        return make(model, tokenizer, config, **options), len(ids)
+
+    return build
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_one_text_gives_one_generation(lm, tokenizer):
+    made = lm.generate(TEXT, **SAMPLED)
+    assert made.prompt_token_ids == tuple(tokenizer.encode(TEXT))
+    assert made.prompt_token_ids[0] == tokenizer.bos_token_id
+    settings = GenerationSettings(eos_token_id=lm.eos_token_ids, **SAMPLED)
+    (expected,) = generate_ids(lm.contract, lm.config, [made.prompt_token_ids], settings)
+    assert (made.token_ids, made.finish_reason) == (expected.token_ids, expected.finish_reason)
+    assert made.text == tokenizer.decode(made.token_ids, skip_special_tokens=True)
+    assert made.text
+    assert made.logprobs is None
+
+
+def test_several_texts_give_a_list(lm):
+    several = lm.generate([TEXT, "a small dog", ""], **SAMPLED)
+    assert [type(several), len(several)] == [list, 3]
+    assert several[0] == lm.generate(TEXT, **SAMPLED)
+    assert lm.generate([TEXT], **SAMPLED) == several[:1]
+    assert lm.generate([]) == []
+
+
+def test_ids_are_fed_as_they_are(lm):
+    rows = [[5, 9, 9], [7], [2, 2, 5, 9]]
+    made = lm.generate(input_ids=rows, **SAMPLED)
+    assert [list(m.prompt_token_ids) for m in made] == rows
+    same = lm.generate(input_ids=[np.array(row) for row in rows], **SAMPLED)
+    assert same == made
+    assert lm.generate(input_ids=np.array([[5, 9, 9]]), **SAMPLED) == made[:1]
+
+
+def test_masked_tokens_are_left_out_on_either_side(lm):
+    plain = lm.generate(input_ids=[[5, 9], [7, 8, 9]], **SAMPLED)
+    left = lm.generate(
+        input_ids=[[0, 5, 9], [7, 8, 9]], attention_mask=[[0, 1, 1], [1, 1, 1]], **SAMPLED
+    )
+    right = lm.generate(
+        input_ids=np.array([[5, 9, 1], [7, 8, 9]]),
+        attention_mask=np.array([[True, True, False], [True] * 3]),
+        **SAMPLED,
+    )
+    assert plain == left == right
+
+
+def test_logprobs_are_there_on_request(lm):
+    made = lm.generate(TEXT, logprobs=True, **SAMPLED)
+    assert len(made.logprobs) == len(made.token_ids)
+    assert max(made.logprobs) < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "neither of a prompt and input_ids"),
+        ({"prompt": "a", "input_ids": [[1]]}, "both of a prompt and input_ids"),
+        ({"prompt": "a", "attention_mask": [[1]]}, "attention_mask goes with input_ids"),
+        ({"prompt": ["a", 5]}, "Prompt 1 is int; expected a text"),
+        ({"prompt": [[2, 5]]}, r"Prompt 0 is list.*input_ids=\[\["),
+        ({"prompt": 5}, "The prompt is int; expected a text"),
+        (
+            {"input_ids": [2, 5]},
+            r"input_ids\[0\] is int64 of shape \(\).*=\[\[2, 5, 9\]",
+        ),
+        ({"input_ids": [[2.5]]}, r"input_ids\[0\] is float64"),
+        ({"input_ids": [[True]]}, r"input_ids\[0\] is bool"),
+        ({"input_ids": [["a"]]}, r"input_ids\[0\] is <U1"),
+        ({"input_ids": [[[2]]]}, r"input_ids\[0\] is int64 of shape \(1, 1\)"),
+        ({"input_ids": [[[2], [3, 4]]]}, r"input_ids\[0\] cannot become an array"),
+        ({"input_ids": 5}, "input_ids is int; expected rows"),
+        ({"input_ids": "abc"}, "input_ids is str; expected rows"),
+        ({"input_ids": [[]]}, "Prompt 0 has no tokens"),
+        ({"input_ids": [[5], [999]]}, "Prompt 1 has the id 999 at place 0"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, r"rows of \[1\] tokens.*\[2\]"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1, 2]]}, "other than 0 and 1"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[0.5, 1]]}, r"attention_mask\[0\] is float64"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "Prompt 0 has no tokens"),
+        ({"prompt": "a", "temperatur": 1.0}, "Did you mean 'temperature'"),
+        ({"prompt": "a", "top_p": 2}, "top_p is 2"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_before_any_work(lm, arguments, words):
+    with pytest.raises(InputError, match=words):
+        lm.generate(**arguments)
+    assert lm.contract.calls == []
+
+
+def test_a_prompt_past_the_models_limit_is_an_error(lm):
+    with pytest.raises(CapacityError, match="max_position_embeddings"):
+        lm.generate(TEXT, max_new_tokens=64)
+    with pytest.raises(CapacityError, match="max_position_embeddings"):
+        lm.stream(TEXT, max_new_tokens=64)
+
+
+def test_without_a_tokenizer_ids_work_and_texts_are_an_error(text_model, lm):
+    bare = make(text_model, None)
+    expected = lm.generate(input_ids=[[2, 5]], eos_token_id=(), **SAMPLED)
+    made = bare.generate(input_ids=[[2, 5]], **SAMPLED)
+    assert made == [dataclasses.replace(expected[0], text="")]
+    for call in (bare.generate, bare.stream):
+        with pytest.raises(TokenizerError, match=r"no tokenizer.*input_ids=\[\["):
+            call(TEXT)
+
+
+# -- stops -----------------------------------------------------------------------------------------
+
+
+def test_stop_ids_are_the_checkpoints_and_end_of_turn(text_model, tokenizer, plain_tokenizer):
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    assert make(text_model, tokenizer, eos_token_ids=(1, 9)).eos_token_ids == (1, 9, turn)
+    assert make(text_model, tokenizer, eos_token_ids=(1, turn)).eos_token_ids == (1, turn)
+    assert make(text_model, plain_tokenizer, eos_token_ids=(1,)).eos_token_ids == (1,)
+    config = dataclasses.replace(text_model.config, eos_token_id=(1, 8))
+    assert make(text_model, None, config).eos_token_ids == (1, 8)
+
+
+def test_end_of_turn_stops_and_is_not_in_the_text(scripted, tokenizer):
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    lm, _ = scripted(" and", turn, " the queen")
+    made = lm.generate(TEXT, max_new_tokens=5)
+    assert (made.text, made.token_ids[-1], made.finish_reason) == (" and", turn, "stop")
+
+
+def test_the_callers_stop_ids_replace_the_checkpoints(scripted, tokenizer):
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    mark = tokenizer.token_to_id("<0x21>")
+    lm, count = scripted(" and", turn, b"!", " dog")
+    made = lm.generate(TEXT, max_new_tokens=count, eos_token_id=mark)
+    assert made.token_ids[-2:] == (turn, mark)
+    assert made.text == " and!"
+    unstopped = lm.generate(TEXT, max_new_tokens=count, eos_token_id=[])
+    assert (len(unstopped.token_ids), unstopped.finish_reason) == (count, "length")
+
+
+# -- streams ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_joins_to_the_text_of_generate(lm):
+    for seed in range(20):
+        settings = SAMPLED | {"seed": seed}
+        made = lm.generate(TEXT, **settings)
+        *pieces, last = lm.stream(TEXT, **settings)
+        assert tuple(piece.token_id for piece in pieces) == made.token_ids
+        assert "".join(piece.text for piece in pieces) + last.text == made.text
+        assert (last.token_id, last.finish_reason) == (None, made.finish_reason)
+        assert {piece.finish_reason for piece in pieces} == {None}
+
+
+def test_a_character_of_several_tokens_comes_whole(scripted, tokenizer):
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    lm, count = scripted("a", "é".encode(), "🙂".encode(), turn)
+    texts = [piece.text for piece in lm.stream(TEXT, max_new_tokens=count)]
+    assert texts == ["a", "", "é", "", "", "", "🙂", "", ""]
+
+
+def test_what_is_cut_off_comes_with_the_last_piece(scripted):
+    lm, count = scripted("a", "🙂".encode()[:3])
+    *_, last = lm.stream(TEXT, max_new_tokens=count)
+    assert (last.text, last.token_id, last.finish_reason) == ("\ufffd" * 3, None, "length")
+    assert lm.generate(TEXT, max_new_tokens=count).text == "a" + "\ufffd" * 3
+
+
+def test_a_stream_is_lazy_and_may_be_closed(lm):
+    expected = lm.generate(TEXT, **SAMPLED)
+    lm.contract.calls.clear()
+    pieces = lm.stream(TEXT, **SAMPLED)
+    assert lm.contract.calls == []
+    next(pieces)
+    pieces.close()
+    assert len(lm.contract.calls) == 1
+    assert list(pieces) == []
+    assert lm.generate(TEXT, **SAMPLED) == expected
+    assert next(lm.stream(TEXT, **SAMPLED)).token_id == expected.token_ids[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ([TEXT], {}, "stream continues one text; got list"),
+        (None, {}, "stream continues one text; got NoneType"),
+        (TEXT, {"beams": 3}, "no generation setting 'beams'"),
+        (TEXT, {"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_a_streams_errors_come_in_the_call(lm, prompt, settings, words):
+    with pytest.raises(InputError, match=words):
+        lm.stream(prompt, **settings)
+
+
+# -- the model itself ------------------------------------------------------------------------------
+
+
+def test_forward_checks_and_returns_the_backends_arrays(lm):
+    out = lm.forward([[2, 5, 9], [0, 2, 7]], attention_mask=[[1, 1, 1], [0, 1, 1]])
+    assert out.logits.shape == (2, 3, lm.config.vocab_size)
+    (call,) = lm.contract.calls
+    assert call.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
+    kept = lm.forward([[2, 5, 9]], position_ids=[[3, 4, 5]], logits_to_keep=1).to_numpy()
+    assert kept.logits.shape == (1, 1, lm.config.vocab_size)
+    assert lm.contract.calls[-1].position_ids.tolist() == [[3, 4, 5]]
+    lm.forward([[2]], output_hidden_states=True)
+    assert lm.contract.calls[-1].output_hidden_states
+    with pytest.raises(InputError, match=r"input_ids\[0, 1\] is 999"):
+        lm.forward([[2, 999]])
+
+
+def test_embeddings_need_a_backend_that_takes_them(lm, text_model, tokenizer):
+    embeds = np.zeros((1, 2, lm.config.hidden_size), np.float32)
+    with pytest.raises(UnsupportedFeature, match="'fake' does not support 'inputs_embeds'"):
+        lm.forward(inputs_embeds=embeds)
+    seen = []
+    text_model.forward = lambda inputs: seen.append(inputs)
+    make(text_model, tokenizer, features={"inputs_embeds"}).forward(inputs_embeds=embeds)
+    assert seen[0].inputs_embeds.shape == embeds.shape
+
+
+def test_it_says_what_it_is(lm):
+    assert lm.model is lm.contract.native
+    assert lm.device == "fake:0"
+    assert repr(lm) == (
+        f"CausalLM(backend='fake', dtype='float32', device='fake:0', "
+        f"parameters={lm.config.num_parameters:_})"
+    )
+
+
+def test_saving_needs_a_backend_that_exports(scripted, tmp_path):
+    lm, _ = scripted("a")
+    with pytest.raises(UnsupportedFeature, match="'fake' does not support 'export'"):
+        lm.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
