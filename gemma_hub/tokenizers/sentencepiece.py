@@ -47,8 +47,8 @@ class GemmaTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (ValueError, RuntimeError) as error:
             raise TokenizerError(
-                f"The vocabulary file is not a whole SentencePiece model: {error}. It should be the "
-                "tokenizer.model of a Gemma checkpoint (4 MB for Gemma 1). Get the file again."
+                f"The vocabulary file is not a whole SentencePiece model: {error}. It should be "
+                "the tokenizer.model of a Gemma checkpoint (4 MB for Gemma 1). Get the file again."
             ) from error
         self._check()
         self.special_token_ids = frozenset(
@@ -183,9 +183,9 @@ class GemmaTokenizer:
             )
         if self._processor.normalize("x") != "x":
             raise TokenizerError(
-                f"The vocabulary turns 'x' into {self._processor.normalize('x')!r} before it looks "
-                "pieces up; Gemma's has add_dummy_prefix=false and keeps text as it is. This is the "
-                "vocabulary of another model; use the tokenizer.model of a Gemma checkpoint."
+                f"The vocabulary turns 'x' into {self._processor.normalize('x')!r} before it "
+                "looks pieces up; Gemma's has add_dummy_prefix=false and keeps text as it is. "
+                "This is another model's vocabulary; use the tokenizer.model of a Gemma checkpoint."
             )
 
     def _checked(self, token_id: int) -> int:
