@@ -119,7 +119,7 @@ def resolved(source: str | os.PathLike[str]) -> Path:
 
 
 def _check_name(what: str, name: Any, known: Sequence[str] | dict[str, Any]) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         hint = nearest(str(name), known)
         raise InputError(
             f"There is no {what} {name!r}. {hint}{' ' if hint else ''}Known: {', '.join(known)}."

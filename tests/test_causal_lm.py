@@ -1,6 +1,7 @@
 """CausalLM: prompts of every kind, texts, stop ids, streams and errors."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,8 @@ def test_stop_ids_are_the_checkpoints_and_end_of_turn(text_model, tokenizer, pla
     assert make(text_model, tokenizer, eos_token_ids=(1, 9)).eos_token_ids == (1, 9, turn)
     assert make(text_model, tokenizer, eos_token_ids=(1, turn)).eos_token_ids == (1, turn)
     assert make(text_model, plain_tokenizer, eos_token_ids=(1,)).eos_token_ids == (1,)
+    ordinary = SimpleNamespace(token_to_id=lambda piece: 9, special_token_ids=frozenset())
+    assert make(text_model, ordinary, eos_token_ids=(1,)).eos_token_ids == (1,)
     config = dataclasses.replace(text_model.config, eos_token_id=(1, 8))
     assert make(text_model, None, config).eos_token_ids == (1, 8)
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,9 +195,10 @@ def test_a_checkpoint_that_is_not_there(backend, tmp_path, monkeypatch, source, 
     assert backend.built == []
 
 
-def test_a_path_is_never_a_name(backend, tmp_path):
+def test_a_path_is_never_a_name(backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint folder"):
-        gemma_hub.Gemma.load(tmp_path / "small")
+        gemma_hub.Gemma.load(Path("small"))
 
 
 def test_a_file_is_no_checkpoint(backend, checkpoint):
@@ -208,6 +210,7 @@ def test_a_file_is_no_checkpoint(backend, checkpoint):
     ("arguments", "words"),
     [
         ({"task": "causal-lm"}, "no task 'causal-lm'. Did you mean 'causal_lm'.*Known: causal_lm"),
+        ({"task": ["causal_lm"]}, "no task .'causal_lm'."),
         ({"dtype": "bfloat"}, "no dtype 'bfloat'. Did you mean 'bfloat16'.*Known: auto, float64"),
     ],
 )
