@@ -143,12 +143,6 @@ CHECKPOINTS = MappingProxyType(
                 _variant(rope_scaling={"rope_type": "linear", "factor": 3.5}),
                 "gqa",
             ),
-            DesignedCheckpoint(
-                "dropout",
-                "a dropout rate in the config, which inference ignores",
-                _variant(attention_dropout=0.3),
-                "gqa",
-            ),
         )
     }
 )
