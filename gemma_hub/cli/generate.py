@@ -94,7 +94,7 @@ def _keywords(settings: "GenerationSettings") -> dict[str, object]:
 
 def _write_stream(lm: "CausalLM", prompt: str, settings: "GenerationSettings") -> int:
     """Write the pieces as they come; the number of new tokens."""
-    pieces: "Iterator[TextPiece]" = lm.stream(prompt, **_keywords(settings))
+    pieces: Iterator[TextPiece] = lm.stream(prompt, **_keywords(settings))
     count = 0
     try:
         for piece in pieces:

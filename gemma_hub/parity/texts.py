@@ -68,13 +68,20 @@ def prompts(
     return tuple(found)
 
 
+def _fitting(text: str, tokenizer: Tokenizer, room: int) -> Prompt:
+    token_ids = tokenizer.encode(text)
+    if len(token_ids) > room:
+        token_ids = token_ids[:room]
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    return Prompt(text, tuple(token_ids))
+
+
 def _default_prompts(
     config: GemmaConfig, tokenizer: Tokenizer | None, max_new_tokens: int
 ) -> tuple[Prompt, ...]:
     room = max(1, config.max_position_embeddings - max_new_tokens)
     if tokenizer is not None:
-        encoded = [(text, tuple(tokenizer.encode(text))[:room]) for text in DEFAULT_TEXTS]
-        return tuple(Prompt(text, token_ids) for text, token_ids in encoded)
+        return tuple(_fitting(text, tokenizer, room) for text in DEFAULT_TEXTS)
     random = np.random.default_rng(0)
     found = []
     for length in _PROMPT_LENGTHS:
