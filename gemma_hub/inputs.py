@@ -7,6 +7,7 @@ import numpy as np
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError
+from gemma_hub.parameters import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class ModelInputs:
             input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions.astype(np.int32),
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_to_keep,
         )
@@ -94,10 +95,15 @@ class ModelInputs:
 def _as_array(name: str, value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise InputError(
             f"{name} cannot become an array ({error}). Rows of unequal length need padding and an "
             "attention_mask."
+        ) from error
+    except (TypeError, RuntimeError) as error:  # an array on a device, or of a type of its own
+        raise InputError(
+            f"{name} cannot become a NumPy array ({error}). Move it to the host and to a type that "
+            "NumPy knows first."
         ) from error
 
 
@@ -118,8 +124,8 @@ def _token_ids(value: Any, vocab_size: int) -> np.ndarray:
     if len(bad):
         row, column = bad[0]
         raise InputError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}; expected 0 to {vocab_size - 1}, the "
-            "ids of this model's vocabulary. Use the tokenizer of the same checkpoint."
+            f"input_ids[{row}, {column}] is {ids[row, column]}; expected 0 to {vocab_size - 1}, "
+            "the ids of this model's vocabulary. Use the tokenizer of the same checkpoint."
         )
     return ids.astype(np.int32)
 
@@ -130,6 +136,11 @@ def _embeddings(value: Any, hidden_size: int) -> np.ndarray:
         raise InputError(
             f"inputs_embeds has shape {embeds.shape}; expected (batch, tokens, {hidden_size})."
         )
+    if embeds.dtype not in DTYPES.values():
+        raise InputError(
+            f"inputs_embeds holds {embeds.dtype}; expected floating-point numbers "
+            f"({', '.join(DTYPES)})."
+        )
     return embeds
 
 
@@ -139,22 +150,30 @@ def _mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
     mask = _as_array("attention_mask", value)
     if mask.shape != shape:
         raise InputError(f"attention_mask has shape {mask.shape}; expected {shape}, as the input.")
-    if not np.isin(mask, (0, 1)).all():
-        raise InputError("attention_mask holds values other than 0 and 1; 1 marks a real token.")
+    if mask.dtype.kind not in "biuf":
+        raise InputError(f"attention_mask holds {mask.dtype}; expected 0 and 1.")
+    bad = np.argwhere((mask != 0) & (mask != 1))
+    if len(bad):
+        row, column = bad[0]
+        raise InputError(
+            f"attention_mask[{row}, {column}] is {mask[row, column]}; expected 1 at a real token "
+            "and 0 at padding."
+        )
     return mask.astype(np.bool_)
 
 
 def _positions(value: Any, mask: np.ndarray, next_position: np.ndarray | None) -> np.ndarray:
+    """(B, T) in an integer type that holds whatever was given; 0 at padding."""
     if value is None:
         first = np.zeros(len(mask), np.int64) if next_position is None else next_position
         counted = np.cumsum(mask, axis=1) - 1 + first[:, None]
-        return np.where(mask, counted, 0).astype(np.int32)
+        return np.where(mask, counted, 0)
     positions = _whole_numbers("position_ids", value)
     if positions.shape == (1, mask.shape[1]):
         positions = np.broadcast_to(positions, mask.shape)
     if positions.shape != mask.shape:
         raise InputError(f"position_ids has shape {positions.shape}; expected {mask.shape}.")
-    return np.where(mask, positions, 0).astype(np.int32)
+    return np.where(mask, positions, positions.dtype.type(0))
 
 
 def _check_positions(positions: np.ndarray, mask: np.ndarray, limit: int) -> None:
@@ -162,6 +181,6 @@ def _check_positions(positions: np.ndarray, mask: np.ndarray, limit: int) -> Non
     if len(bad):
         row, column = bad[0]
         raise CapacityError(
-            f"position_ids[{row}, {column}] is {positions[row, column]}; this model has positions 0 "
-            f"to {limit - 1} (max_position_embeddings={limit}). Shorten the input."
+            f"position_ids[{row}, {column}] is {positions[row, column]}; this model has positions "
+            f"0 to {limit - 1} (max_position_embeddings={limit}). Shorten the input."
         )
