@@ -48,6 +48,7 @@ class Generation:
         finish_reason: "stop" (an end-of-sequence id) or "length" (max_new_tokens).
         logprobs: natural-log probability of each new id under the model (before temperature and
             filters), on request.
+        seed: what the random bits came from, also where none was given; None for greedy text.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Generation:
     prompt_token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,13 @@ def test_masked_tokens_are_left_out_on_either_side(lm):
     assert plain == left == right
 
 
+def test_a_drawn_seed_is_recorded_and_repeats_the_text(lm):
+    drawn = lm.generate(TEXT, max_new_tokens=12, temperature=1.5)
+    assert isinstance(drawn.seed, int)
+    assert lm.generate(TEXT, max_new_tokens=12, temperature=1.5, seed=drawn.seed) == drawn
+    assert lm.generate(TEXT, max_new_tokens=2, seed=3).seed is None  # greedy: no bits were used
+
+
 def test_logprobs_are_there_on_request(lm):
     made = lm.generate(TEXT, logprobs=True, **SAMPLED)
     assert len(made.logprobs) == len(made.token_ids)

@@ -118,8 +118,10 @@ class CausalLM:
         checked = self._settings(settings)
         prompts = self._prompts(prompt, input_ids, attention_mask)
         results = generate_ids(self.contract, self.config, prompts, checked)
+        seed = checked.seed if checked.temperature > 0 else None
         generations = [
-            self._generation(ids, result) for ids, result in zip(prompts, results, strict=True)
+            self._generation(ids, result, seed)
+            for ids, result in zip(prompts, results, strict=True)
         ]
         return generations[0] if isinstance(prompt, str) else generations
 
@@ -231,7 +233,7 @@ class CausalLM:
             )
         return self.tokenizer
 
-    def _generation(self, prompt: list[int], result: GeneratedIds) -> Generation:
+    def _generation(self, prompt: list[int], result: GeneratedIds, seed: int | None) -> Generation:
         text = ""
         if self.tokenizer is not None:
             text = self.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
@@ -241,6 +243,7 @@ class CausalLM:
             prompt_token_ids=tuple(prompt),
             finish_reason=result.finish_reason,
             logprobs=result.logprobs,
+            seed=seed,
         )
 
 
