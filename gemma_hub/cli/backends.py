@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from gemma_hub.cli.console import out, table, write
+from gemma_hub.cli.console import out, show_table, table, write
 
 if TYPE_CHECKING:
     from gemma_hub.plugins.info import BackendInfo
@@ -31,16 +31,18 @@ def backends(
     if not infos:
         console.print("No backend is installed. Install one: pip install gemma-hub-torch")
         return
-    console.print(backend_table(infos))
+    show_table(console, "backends", backend_table(infos))
     for info in infos:
         if info.problem:
-            console.print(problem_text(info.qualified_name, info.problem, info.remedy))
+            console.print(
+                problem_text(info.qualified_name, info.problem, info.remedy), soft_wrap=True
+            )
 
 
 def backend_table(infos: "tuple[BackendInfo, ...]") -> Table:
     """One row per backend."""
     columns = ("backend", "state", "distribution", "version", "features", "types")
-    listed = table("backends", *columns)
+    listed = table(*columns)
     for info in infos:
         listed.add_row(
             info.name,
@@ -56,5 +58,5 @@ def backend_table(infos: "tuple[BackendInfo, ...]") -> Table:
 def problem_text(name: str, problem: str, remedy: str) -> Text:
     """A problem and its remedy, for `Console.print`."""
     return Text.assemble(
-        (f"{name}: ", "bold red"), problem.rstrip("."), ".\n  What to do: ", remedy or "nothing."
+        (f"{name}: ", "bold red"), problem.rstrip(" ."), ".\n  What to do: ", remedy or "nothing."
     )

@@ -34,16 +34,16 @@ def err() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def table(title: str, *columns: str) -> Table:
+def table(*columns: str) -> Table:
     """An empty table in the style of every command."""
-    return Table(
-        *columns,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+
+
+def show_table(console: Console, title: str, listed: Table) -> None:
+    """Print a table under a heading of its own line, which is not wrapped to the table's width."""
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(listed)
+    console.print()
 
 
 def write(text: str) -> None:

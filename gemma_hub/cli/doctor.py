@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from gemma_hub.cli.backends import backend_table, problem_text
-from gemma_hub.cli.console import out, table, waiting, write
+from gemma_hub.cli.console import out, show_table, table, waiting, write
 
 if TYPE_CHECKING:
     from gemma_hub.plugins.doctor import Diagnosis
@@ -35,11 +35,11 @@ def doctor(
 
 def _print(diagnosis: "Diagnosis") -> None:
     console = out()
-    versions = table("versions", "what", "version")
+    versions = table("what", "version")
     for name, version in diagnosis.versions.items():
         versions.add_row(name, version)
-    console.print(versions)
-    plugins = table("plug-ins", "plug-in", "distribution", "state", "import")
+    show_table(console, "versions", versions)
+    plugins = table("plug-in", "distribution", "state", "import")
     for entry in diagnosis.plugins:
         style = {"ready": "green", "disabled": "dim"}.get(entry.plugin.state, "bold red")
         measured = entry.measured
@@ -50,12 +50,12 @@ def _print(diagnosis: "Diagnosis") -> None:
             Text(entry.plugin.state, style),
             "" if seconds is None else f"{1000 * seconds:.0f} ms",
         )
-    console.print(plugins)
-    console.print(backend_table(diagnosis.backends))
-    checkpoints = table("checkpoints", "checkpoint", "summary", "folder")
+    show_table(console, "plug-ins", plugins)
+    show_table(console, "backends", backend_table(diagnosis.backends))
+    checkpoints = table("checkpoint", "summary", "folder")
     for checkpoint in diagnosis.checkpoints:
         checkpoints.add_row(checkpoint.name, checkpoint.summary, checkpoint.path)
-    console.print(checkpoints)
+    show_table(console, "checkpoints", checkpoints)
     for problem in diagnosis.problems:
         name = " ".join(filter(None, (problem.distribution, problem.version, problem.entry_point)))
         where = f"{name} ({problem.phase})".strip()

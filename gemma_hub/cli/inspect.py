@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from gemma_hub.cli.console import out, table, write
+from gemma_hub.cli.console import out, show_table, table, write
 
 if TYPE_CHECKING:
     from gemma_hub.checkpoints import Description
@@ -35,7 +35,7 @@ def inspect(
 
 def _print(description: "Description", tensors: bool) -> None:
     console = out()
-    facts = table(description.path, "config", "")
+    facts = table("config", "")
     facts.add_row("parameters", f"{description.num_parameters:,}")
     facts.add_row("type", description.dtype or "unknown")
     facts.add_row("tensors", str(len(description.tensors)))
@@ -43,19 +43,19 @@ def _print(description: "Description", tensors: bool) -> None:
     for name, value in (description.config or {}).items():
         facts.add_row(name, json.dumps(value))
     if description.files:
-        console.print(facts)
-    files = table("files", "file", "size")
+        show_table(console, description.path, facts)
+    files = table("file", "size")
     files.columns[1].justify = "right"
     for file in description.files:
         files.add_row(file.name, _size(file.nbytes))
     if description.files:
-        console.print(files)
+        show_table(console, "files", files)
     if tensors:
-        listed = table("tensors", "tensor", "shape", "type", "size", "file")
+        listed = table("tensor", "shape", "type", "size", "file")
         for tensor in description.tensors:
             shape = " x ".join(map(str, tensor.shape))
             listed.add_row(tensor.name, shape, tensor.dtype, _size(tensor.nbytes), tensor.file)
-        console.print(listed)
+        show_table(console, "tensors", listed)
     for problem in description.problems:
         console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
     if not description.problems:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from gemma_hub.cli.console import out, progress_bar, table
+from gemma_hub.cli.console import out, progress_bar, show_table, table
 from gemma_hub.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ def parity(
 def _print(report: "ParityReport") -> None:
     console = out()
     if report.rows:
-        console.print(_layer_table(report))
+        title = f"{report.source}, {report.dtype}: error against float64 / rounding noise"
+        show_table(console, f"{title} (worst element)", _layer_table(report))
     if report.tokens:
-        console.print(_token_table(report))
+        show_table(console, "tokens against the float64 reference", _token_table(report))
     for run in report.backends:
         if run.error:
             console.print(Text.assemble((f"{run.name}: ", "bold red"), run.error), soft_wrap=True)
@@ -97,11 +98,7 @@ def _print(report: "ParityReport") -> None:
 
 def _layer_table(report: "ParityReport") -> Table:
     names = [run.name for run in report.backends if not run.error]
-    listed = table(
-        f"{report.source}, {report.dtype}: error against float64 / rounding noise (worst element)",
-        "place",
-        "noise",
-    )
+    listed = table("place", "noise")
     listed.columns[1].justify = "right"
     for name in names:
         listed.add_column(name, justify="right")
@@ -125,7 +122,7 @@ def _number(value: float) -> str:
 
 
 def _token_table(report: "ParityReport") -> Table:
-    listed = table("tokens against the float64 reference", "text")
+    listed = table("text")
     for kind in ("greedy", "sampled"):
         for run in report.backends:
             if not run.error:
