@@ -7,7 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -102,11 +102,18 @@ class Diagnosis:
         return result
 
 
-def diagnose(registry: PluginRegistry) -> Diagnosis:
+def diagnose(
+    registry: PluginRegistry, add_commands: Callable[[], object] = lambda: None
+) -> Diagnosis:
     """Examine this installation.
 
     Each plug-in is tried first in a process of its own. One that kills that process, or hangs it
     beyond rescue, is not imported here, if `registry` has not done so before.
+
+    Args:
+        registry: the plug-ins to examine.
+        add_commands: lets plug-ins extend the command line, for the problems that this has. Called
+            when plug-ins that would do harm are set aside.
     """
     limit, _ = timeout_from_environment()
     measured: dict[tuple[str, str], ImportReport] = {}
@@ -115,6 +122,7 @@ def diagnose(registry: PluginRegistry) -> Diagnosis:
         measured[candidate.distribution, candidate.name] = report
         if report.seconds is None:
             registry.quarantine(candidate, PluginFailure("import", report.error))
+    add_commands()
     plugins = tuple(
         PluginDiagnosis(plugin=info, measured=measured.get((info.distribution, info.entry_point)))
         for info in registry.plugins()

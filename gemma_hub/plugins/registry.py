@@ -158,7 +158,9 @@ class PluginRegistry:
             try:
                 add_commands(app, plugin.admitted.hooks, self._limit)
             except PluginFailure as failure:
-                self._problems.append(problem_of(plugin.candidate, failure))
+                problem = problem_of(plugin.candidate, failure)
+                if problem not in self._problems:
+                    self._problems.append(problem)
 
     # -- how -----------------------------------------------------------------------------------
 

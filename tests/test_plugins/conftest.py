@@ -113,8 +113,7 @@ def environment(tmp_path, monkeypatch):
     """An environment with no plug-in, and no variable of ours set."""
     for variable in ("GEMMA_HUB_PLUGINS", "GEMMA_HUB_BACKEND", "GEMMA_HUB_PLUGIN_TIMEOUT"):
         monkeypatch.delenv(variable, raising=False)
-    before = set(sys.modules)
     yield Environment(tmp_path, monkeypatch)
-    for name in set(sys.modules) - before:
-        if name.startswith("fake_"):
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]

@@ -49,7 +49,7 @@ BAD = {
     ),
     "takes a name": ("    @app.command()\n    def generate(): pass\n", "there already: generate"),
     "cannot be built": (
-        "    @app.command()\n    def half(x: dict): pass\n",
+        "    @app.command()\n    def half(x: 'Nope'): pass\n",
         "building its commands",
     ),
     "sets a callback": ("    @app.callback()\n    def half(): pass\n", "sets a callback"),

@@ -70,6 +70,9 @@ def test_plugin_that_failed_is_no_rival_of_one_that_works(environment):
     environment.install_backend("gemma-hub-a", "mlx")
     registry = environment.registry()
     assert registry.load("mlx").distribution == "gemma-hub-a"
+    states = {info.distribution: info.state for info in registry.backends()}
+    assert states == {"gemma-hub-a": "ready", "broken-b": "quarantined"}
+    assert [problem.phase for problem in registry.problems()] == ["import"]
     with pytest.raises(PluginError, match="ZeroDivisionError"):
         registry.load("broken-b:mlx")
 

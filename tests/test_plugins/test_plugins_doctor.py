@@ -6,6 +6,7 @@ import platform
 import sys
 
 import pytest
+import typer
 
 from gemma_hub.plugins.doctor import IMPORT_BUDGET, diagnose
 
@@ -75,7 +76,6 @@ def test_array_framework_is_noticed(environment, where):
         environment.install("gemma-hub-heavy", code)
     environment.install_backend("gemma-hub-healthy")
     diagnosis = diagnose(environment.registry())
-    sys.modules.pop("tensorflow")  # the registry imported it here too
     heavy = of(diagnosis, "heavy")
     assert heavy.measured.frameworks == ("tensorflow",)
     assert (heavy.measured.seconds > 0.2) == (where == "import")
@@ -132,6 +132,15 @@ def test_checkpoint_whose_folder_is_gone(environment, tmp_path):
     diagnosis = diagnose(environment.registry())
     assert not diagnosis.is_healthy
     assert "'small' should be in" in diagnosis.problems[0].cause
+
+
+def test_commands_are_tried_once_harm_is_set_aside(environment):
+    environment.install("gemma-hub-bad", "import os\nos._exit(7)\n")
+    environment.install("gemma-hub-half", "@hookimpl\ndef gemma_hub_cli(app):\n    1 / 0\n")
+    registry = environment.registry()
+    diagnosis = diagnose(registry, lambda: registry.extend_cli(typer.Typer()))
+    causes = sorted(problem.cause for problem in diagnosis.problems)
+    assert ["calling gemma_hub_cli failed" in causes[0], "status 7" in causes[1]] == [True, True]
 
 
 def test_json(environment):

@@ -143,7 +143,7 @@ def test_hang_at_import_is_left_behind(environment, monkeypatch):
 
 
 def test_hook_that_hangs_is_left_behind(environment, monkeypatch):
-    monkeypatch.setenv("GEMMA_HUB_PLUGIN_TIMEOUT", "0.5")
+    monkeypatch.setenv("GEMMA_HUB_PLUGIN_TIMEOUT", "1")
     environment.install("gemma-hub-bad", "import time\n" + returning("time.sleep(60)"))
     environment.install_backend("gemma-hub-healthy")
     registry = environment.registry()
@@ -225,6 +225,13 @@ def test_requirement_of_another_platform_is_not_missing(environment):
     requires = ('no-such-distribution; python_version < "3"',)
     environment.install_backend("gemma-hub-healthy", fields={"requires": requires})
     assert environment.registry().load("healthy").name == "healthy"
+
+
+def test_development_version_meets_a_requirement(environment):
+    environment.install("some-framework", "", entry="unused", version="2.5.dev3")
+    (environment.folders[0] / "some_framework-2.5.dev3.dist-info" / "entry_points.txt").unlink()
+    environment.install_backend("gemma-hub-new", fields={"requires": ("some-framework>=2",)})
+    assert environment.registry().backends()[0].state == "ready"
 
 
 FACTORIES = {
