@@ -1,8 +1,9 @@
 """Derives the error model's limits: `python -m gemma_hub_conformance.calibrate [BACKEND ...]`.
 
-Runs the suite on what is known to be right (the reference, witnesses with fresh seeds, the installed
-backends that are named) and each mutant on its case. A limit is the geometric mean of the worst
-valid run and the weakest mutant, so it is equally far from both. The result goes to calibration.json.
+Runs the suite on what is known to be right (the reference, witnesses with fresh seeds, the
+installed backends that are named) and each mutant on its case. A limit is the geometric mean of
+the worst valid run and the weakest mutant, so it is equally far from both. The result goes to
+calibration.json.
 """
 
 import argparse

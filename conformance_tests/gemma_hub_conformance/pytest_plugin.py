@@ -5,10 +5,15 @@ pytest and the option has a name of its own (two plug-ins with one option break 
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from gemma_hub_conformance.report import CaseResult
+
 ENVIRONMENT_VARIABLE = "GEMMA_HUB_TEST_BACKEND"
+RESULTS: "pytest.StashKey[list[CaseResult]]" = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +28,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for the results."""
+    config.stash[RESULTS] = []
+
+
 def chosen_backend(config: pytest.Config) -> str | None:
     """The backend that this run tests, or None."""
     option: str | None = config.getoption("gemma_backend")
     return option or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Do not let a run that asked for a backend pass when no case of the suite ran."""
+    config = session.config
+    asked = config.getoption("gemma_backend") and not config.getoption("collectonly")
+    if asked and not config.stash[RESULTS] and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many cases of the suite had which verdict; the unsupported ones by name."""
+    config = terminalreporter.config
+    results = config.stash[RESULTS]
+    if results:
+        verdicts = [str(result.verdict) for result in results]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+        terminalreporter.section(f"conformance of {chosen_backend(config)}: {counts}")
+        for result in results:
+            if result.verdict == "unsupported":
+                terminalreporter.line(f"{result.id}: {result.message}")
+    elif config.getoption("gemma_backend"):
+        terminalreporter.section("conformance: no case ran", red=True)

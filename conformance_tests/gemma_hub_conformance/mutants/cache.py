@@ -168,7 +168,7 @@ class PosDecodeSlot(_MovedPositions):
 @bank.mutant(DECODE, "Positions go on after the prompt.")
 class PosFrozenAfterPrompt(_MovedPositions):
     def moved(self, inputs: ModelInputs, cache: Cache) -> Array:
-        return np.minimum(inputs.position_ids, 7)
+        return np.asarray(np.minimum(inputs.position_ids, 7))
 
 
 @bank.mutant("L2.cache.positions", "Use the position_ids of the call in a cached step too.")

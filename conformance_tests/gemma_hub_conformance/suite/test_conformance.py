@@ -1,0 +1,45 @@
+"""One test for each case, on the backend that --gemma-backend names.
+
+A backend that is missing is an error, and so is running this file without naming one: a
+conformance suite that skips says nothing.
+"""
+
+import pytest
+
+from gemma_hub.errors import GemmaHubError
+from gemma_hub_conformance.cases import all_cases
+from gemma_hub_conformance.engine import load_subject, run_case
+from gemma_hub_conformance.oracle import Oracle
+from gemma_hub_conformance.pytest_plugin import ENVIRONMENT_VARIABLE, RESULTS, chosen_backend
+from gemma_hub_conformance.report import Verdict
+from gemma_hub_conformance.spec import CaseSpec, Subject
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every case, once it is certain that there is a backend."""
+    name = chosen_backend(metafunc.config)
+    if name is None:
+        raise pytest.Collector.CollectError(
+            "The conformance suite needs a backend: pass --gemma-backend NAME or set "
+            f"{ENVIRONMENT_VARIABLE}."
+        )
+    try:
+        subject = load_subject(name)
+    except GemmaHubError as error:
+        raise pytest.Collector.CollectError(str(error)) from error
+    oracle = Oracle()
+    cases = all_cases()
+    metafunc.parametrize(
+        ("case", "subject", "oracle"),
+        [(case, subject, oracle) for case in cases.values()],
+        ids=list(cases),
+    )
+
+
+def test_case(
+    case: CaseSpec, subject: Subject, oracle: Oracle, pytestconfig: pytest.Config
+) -> None:
+    result = run_case(case, subject, oracle)
+    pytestconfig.stash[RESULTS].append(result)
+    if result.verdict in (Verdict.FAIL, Verdict.ERROR):
+        pytest.fail(f"{result.id}: {result.message}", pytrace=False)
