@@ -173,33 +173,39 @@ class ParityReport:
         The place is that of a row, or "run" for a backend that failed, or "tokens" for one whose
         outputs are right and whose generated tokens are not.
         """
-        for run in self.backends:
-            if run.error:
-                return run.name, RUN
-        for row in self.rows:
-            for run in self.backends:
-                if not row.cells[run.name].passed:
-                    return run.name, row.place
-        for check in self.tokens:
-            if check.verdict == "different":
-                return check.backend, TOKENS
-        return None
+        order = {place: i for i, place in enumerate((RUN, *(r.place for r in self.rows), TOKENS))}
+        found = self.divergences
+        return min(found.items(), key=lambda item: order[item[1]]) if found else None
+
+    @property
+    def divergences(self) -> dict[str, str]:
+        """{backend: its first wrong place} of every backend that has one."""
+        places = {run.name: self._first_wrong_place(run) for run in self.backends}
+        return {name: place for name, place in places.items() if place is not None}
+
+    def _first_wrong_place(self, run: BackendRun) -> str | None:
+        if run.error:
+            return RUN
+        wrong = (row.place for row in self.rows if not row.cells[run.name].passed)
+        strays = (TOKENS for c in self.tokens if c.backend == run.name and c.verdict == "different")
+        return next(wrong, None) or next(strays, None)
 
     @property
     def verdict(self) -> str:
-        """One sentence that says how it went."""
+        """How it went, in one sentence; if it failed, in one for each backend that is wrong."""
+        if self.divergences:
+            return " ".join(self._wrong(*found) for found in self.divergences.items())
         names = ", ".join(run.name for run in self.backends)
-        divergence = self.first_divergence
-        if divergence is None:
-            worst = max(cell.ratio for row in self.rows for cell in row.cells.values())
-            return (
-                f"{names}: every layer within {worst:.2f} times the {self.dtype} rounding noise "
-                f"(limit {self.limits['ratio']:g}); {self._agreement()}."
-            )
-        backend, place = divergence
+        worst = max((cell.ratio for row in self.rows for cell in row.cells.values()), default=0.0)
+        return (
+            f"{names}: every layer within {worst:.2f} times the {self.dtype} rounding noise "
+            f"(limit {self.limits['ratio']:g}); {self._agreement()}."
+        )
+
+    def _wrong(self, backend: str, place: str) -> str:
         if place == RUN:
             error = next(run.error for run in self.backends if run.name == backend)
-            return f"{backend} did not run: {error}"
+            return f"{backend} did not run: {error.rstrip('.')}."
         if place == TOKENS:
             check = next(
                 c for c in self.tokens if c.backend == backend and c.verdict == "different"
@@ -224,6 +230,7 @@ class ParityReport:
             "passed": self.passed,
             "verdict": self.verdict,
             "first_divergence": self.first_divergence,
+            "divergences": self.divergences,
             "tokens_equal": self.tokens_equal,
         }
         for field in dataclasses.fields(self):

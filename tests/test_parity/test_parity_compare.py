@@ -61,9 +61,31 @@ def test_a_backend_that_raises_is_a_failed_column_and_the_others_are_measured(ru
     assert not report.passed
     assert report.first_divergence == ("broken", "run")
     assert report.backends[0].error == "RuntimeError: out of memory"
-    assert report.verdict == "broken did not run: RuntimeError: out of memory"
+    assert report.verdict == "broken did not run: RuntimeError: out of memory."
     assert all(list(row.cells) == ["good"] for row in report.rows)
     assert all(row.cells["good"].passed for row in report.rows)
+
+
+def test_the_verdict_names_every_backend_that_is_wrong_and_the_first_place_comes_first(
+    run, backend
+):
+    report = run(
+        {
+            "late": backend(wrong_at="logits"),
+            "good": backend(),
+            "early": backend(wrong_at="layer 1"),
+            "forgets": backend(wrong_at="cache"),
+        }
+    )
+    assert report.divergences == {"late": "logits", "early": "layer 1", "forgets": "tokens"}
+    assert report.first_divergence == ("early", "layer 1")
+    for sentence in (
+        "late diverges first at logits",
+        "early diverges first at layer 1",
+        "forgets generates other tokens",
+    ):
+        assert sentence in report.verdict
+    assert "good" not in report.verdict
 
 
 def test_a_plugin_that_does_not_load_is_a_failed_column(run, backend):

@@ -140,7 +140,7 @@ def test_the_plots_are_described_for_those_who_do_not_see_them(page, passed):
     assert [svg["class"] for svg in plots] == ["plot wide", "plot narrow"]
     for svg in plots:
         assert "one reaches" in svg["aria-label"]
-        assert "The limit is 5" in svg["aria-label"]
+        assert f"The limit is {passed.limits['ratio']:g}" in svg["aria-label"]
     assert all(svg.get("aria-hidden") == "true" for svg in parsed.all("svg") if svg not in plots)
     assert parsed.all("html") == [{"lang": "en"}]
     regions = [div for div in parsed.all("div") if div.get("role") == "region"]
