@@ -9,6 +9,7 @@ from gemma_hub.errors import InputError
 from gemma_hub.parity.error_model import (
     OUTPUT_ROUNDING,
     RATIO_LIMIT,
+    WORST_RATIO_LIMIT,
     expected_maximum,
     judge,
     noise_band,
@@ -71,6 +72,13 @@ def test_larger_noise_fails_by_its_ratio(reference, mask, band):
     judgement = judge(_noisy(reference, 50, 3 * RATIO_LIMIT * NOISE), reference, band, mask)
     assert not judgement.passed
     assert judgement.ratio == pytest.approx(3 * RATIO_LIMIT, rel=0.2)
+
+
+def test_an_even_error_fails_although_no_element_stands_out(reference, mask, band):
+    signs = np.sign(np.random.default_rng(9).standard_normal(reference.shape))
+    judgement = judge(reference + 2 * RATIO_LIMIT * NOISE * signs, reference, band, mask)
+    assert judgement.worst_ratio < WORST_RATIO_LIMIT
+    assert not judgement.passed
 
 
 def test_one_wrong_element_fails_and_is_named(reference, mask, band):
