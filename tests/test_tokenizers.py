@@ -400,3 +400,17 @@ def test_other_vocabularies_load_or_are_refused(tmp_path):
     for path in (folder / "gemma3_test_vocab.spm", DATA / "mistral" / "mistral01.model"):
         with pytest.raises(TokenizerError, match="another model's"):
             GemmaTokenizer.from_pretrained(path)
+
+
+def test_a_file_cut_between_two_fields_is_refused(model):
+    # What is left is a valid model of pieces alone; sentencepiece loads it, with other settings.
+    cut = model.rindex(b"<unused1>\x15")
+    cut = model.index(b"\x0a", cut)
+    assert sentencepiece.SentencePieceProcessor(model_proto=model[:cut]).get_piece_size() == 9
+    with pytest.raises(TokenizerError, match="its end is missing"):
+        GemmaTokenizer(model[:cut])
+
+
+def test_the_longest_name_of_a_special_token_counts():
+    tokenizer = GemmaTokenizer(train(bos_piece="<s", eos_piece="<sos>"))
+    assert tokenizer.encode("<sos><s", add_special_tokens=False) == [1, 2]

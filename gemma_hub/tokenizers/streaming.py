@@ -1,5 +1,6 @@
 """IncrementalDecoder: the text of a stream of ids, as soon as it is certain."""
 
+import codecs
 import re
 
 from gemma_hub.tokenizers.protocol import Tokenizer
@@ -11,7 +12,7 @@ class IncrementalDecoder:
     """Decodes one id at a time. The pieces add up to the tokenizer's `decode` of all the ids.
 
     Text is held back only while byte tokens make up a character that is not complete, so no piece
-    ends inside a character.
+    ends inside a character. One decoder is for one text, in one thread.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = False) -> None:
@@ -23,8 +24,7 @@ class IncrementalDecoder:
         """
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._held: list[int] = []  # ids of byte tokens
-        self._bytes = b""  # and their bytes
+        self._held: list[int] = []  # byte tokens that begin a character
 
     def push(self, token_id: int) -> str:
         """The text that is certain once `token_id` has come; often empty or a whole word.
@@ -34,29 +34,29 @@ class IncrementalDecoder:
         """
         if self._skip and token_id in self._tokenizer.special_token_ids:
             return ""
-        match = _BYTE_PIECE.fullmatch(self._tokenizer.id_to_token(token_id))
-        self._held.append(token_id)
-        self._bytes += bytes.fromhex(match[1]) if match else b"."
-        kept = _unfinished(self._bytes)
-        done = self._held[: len(self._held) - kept]
-        self._held = self._held[len(done) :]
-        self._bytes = self._bytes[len(done) :]
-        return self._tokenizer.decode(done)
+        ids = [*self._held, token_id]
+        done = len(ids) - _unfinished(b"".join(map(self._byte, ids)))
+        self._held = ids[done:]
+        return self._tokenizer.decode(ids[:done])
 
     def finish(self) -> str:
-        """The rest of the text, and a decoder at the start of the next one."""
-        rest = self._tokenizer.decode(self._held)
-        self._held, self._bytes = [], b""
-        return rest
+        """The rest of the text; the decoder is then at the start of the next one."""
+        rest, self._held = self._held, []
+        return self._tokenizer.decode(rest)
+
+    def _byte(self, token_id: int) -> bytes:
+        """The byte that a byte token stands for; a letter for any other token."""
+        match = _BYTE_PIECE.fullmatch(self._tokenizer.id_to_token(token_id))
+        return bytes.fromhex(match[1]) if match else b"x"
 
 
 def _unfinished(data: bytes) -> int:
     """Number of last bytes of `data` that begin a character and do not end it."""
     for count in range(min(3, len(data)), 0, -1):
         try:
-            data[-count:].decode("utf-8")
-        except UnicodeDecodeError as error:
-            # "unexpected end": what is there is right and more must follow.
-            if error.start == 0 and error.end == count and error.reason == "unexpected end of data":
-                return count
+            _, used = codecs.utf_8_decode(data[-count:], "strict", False)
+        except UnicodeDecodeError:
+            continue
+        if used == 0:
+            return count
     return 0
