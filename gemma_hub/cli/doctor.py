@@ -23,8 +23,9 @@ def doctor(
     from gemma_hub.plugins.registry import plugin_registry
 
     with waiting("Examining plug-ins"):
-        plugin_commands(app)  # so that a plug-in whose commands fail is among the problems
-        diagnosis = diagnose(plugin_registry())
+        # Commands are added only after each plug-in was tried in a process of its own, and so that
+        # one whose commands fail is among the problems.
+        diagnosis = diagnose(plugin_registry(), lambda: plugin_commands(app))
     if as_json:
         write(json.dumps(diagnosis.to_dict(), ensure_ascii=False, indent=2) + "\n")
     else:
