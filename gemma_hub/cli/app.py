@@ -27,6 +27,7 @@ class _Group(CommandGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            # Older versions of typer say "Aborted" here, and exit with 1.
             raise typer.Exit(INTERRUPTED) from None
         except GemmaHubError as error:
             if ctx.params.get("debug"):

@@ -73,18 +73,24 @@ def generate(
     if as_json:
         _write_json(lm, source, prompt, settings)
         return
-    console = out()
-    console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
     start = time.perf_counter()
-    if console.is_terminal if stream is None else stream:
-        count = _write_stream(lm, prompt, settings)
+    # The prompt is written when the model has accepted it, so that an error leaves no half output.
+    if out().is_terminal if stream is None else stream:
+        pieces = lm.stream(prompt, **_keywords(settings))
+        _write_prompt(prompt)
+        count = _write_pieces(pieces)
     else:
         with waiting("Generating"):
             generation = lm.generate(prompt, **_keywords(settings))
+        _write_prompt(prompt)
         write(generation.text)
         count = len(generation.token_ids)
     write("\n")
     _say_how(lm, settings, count, time.perf_counter() - start)
+
+
+def _write_prompt(prompt: str) -> None:
+    out().print(Text(prompt, style="dim"), end="", soft_wrap=True)
 
 
 def _keywords(settings: "GenerationSettings") -> dict[str, object]:
@@ -92,9 +98,8 @@ def _keywords(settings: "GenerationSettings") -> dict[str, object]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _write_stream(lm: "CausalLM", prompt: str, settings: "GenerationSettings") -> int:
+def _write_pieces(pieces: "Iterator[TextPiece]") -> int:
     """Write the pieces as they come; the number of new tokens."""
-    pieces: Iterator[TextPiece] = lm.stream(prompt, **_keywords(settings))
     count = 0
     try:
         for piece in pieces:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from gemma_hub.errors import CapacityError
+
 TEXT = "A fox ran \u00fcber\nthe hill."
 
 
@@ -93,6 +95,18 @@ def test_ctrl_c_in_a_stream_keeps_what_was_written(cli, fake_lm):
     assert result.exit_code == 130
     assert result.stdout == "Once A fox ran\n"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_an_error_of_the_model_leaves_no_half_output(cli, fake_lm, monkeypatch, stream):
+    def refuse(self, prompt, **settings):
+        raise CapacityError("The prompt is too long.")
+
+    monkeypatch.setattr(type(fake_lm), "generate", refuse)
+    monkeypatch.setattr(type(fake_lm), "stream", refuse)
+    result = cli("generate", "tiny", "Once", stream)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: The prompt is too long.\n"
 
 
 class _Terminal(io.StringIO):
