@@ -20,6 +20,8 @@ from gemma_hub.parameters import Weights
 FEATURES: dict[str, str] = {
     "cache": "init_cache and extend: prefill, chunked prefill and decode",
     "export": "export: the parameters back as Weights, so that any backend can save",
+    "gradients": "loss_and_gradients: the loss, and its gradient for every parameter",
+    "attentions": "every layer's attention probabilities",
     "inputs_embeds": "forward from embeddings instead of ids",
     "sliding_window": "layers that see only the latest tokens",
     "softcap": "tanh caps on attention scores and logits",
@@ -30,7 +32,13 @@ FEATURES: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What a model is built for. `name` is one of the registered tasks ("causal_lm")."""
+    """What a model is built for.
+
+    Attributes:
+        name: a key of `gemma_hub.config.ARCHITECTURES`: "base", "causal_lm",
+            "sequence_classification" or "token_classification". The number of labels is
+            `config.num_labels`.
+    """
 
     name: str = "causal_lm"
 
@@ -79,8 +87,8 @@ class Cache:
             or min(batch_size, max_length) < 1
         ):
             raise InputError(
-                f"A cache of batch_size={batch_size!r} and max_length={max_length!r} was asked for; "
-                "both must be integers from 1 up."
+                f"A cache of batch_size={batch_size!r} and max_length={max_length!r} was asked "
+                "for; both must be integers from 1 up."
             )
         valid = np.zeros((batch_size, max_length), np.bool_)
         return cls(arrays, valid, 0, np.zeros(batch_size, np.int64))
@@ -104,8 +112,8 @@ class Cache:
             raise InputError(f"The inputs have {batch} rows and the cache {len(self.valid)}.")
         if self.length + new > self.capacity:
             raise CapacityError(
-                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not fit. "
-                "Make a larger one with init_cache(batch_size, max_length)."
+                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not "
+                "fit. Make a larger one with init_cache(batch_size, max_length)."
             )
         valid = self.valid.copy()
         valid[:, self.length : self.length + new] = inputs.attention_mask
@@ -136,7 +144,7 @@ class Model(Protocol):
     device: str
 
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
-        """Logits of whole sequences, without a cache."""
+        """The task's result for whole sequences, without a cache; with labels the loss too."""
         ...
 
     def to_numpy(self, array: Any) -> np.ndarray:
@@ -163,6 +171,19 @@ class SupportsExport(Protocol):
 
     def export(self) -> Weights:
         """The parameters under their canonical names, in the dtype they have in memory."""
+        ...
+
+
+@runtime_checkable
+class SupportsGradients(Protocol):
+    """The "gradients" feature."""
+
+    def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Any]]:
+        """The loss of `inputs.labels`, and {canonical name: gradient} for every parameter.
+
+        Nothing is dropped and nothing changes: the same inputs give the same result. The gradients
+        are the framework's own arrays, in the type and the shape of their parameters.
+        """
         ...
 
 

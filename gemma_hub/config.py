@@ -6,7 +6,6 @@ Field names are those of `config.json`. Backends read the resolved values and de
 import dataclasses
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
+from gemma_hub.config_checks import (
+    NOT_NEGATIVE,
+    OPTIONAL_POSITIVE,
+    POSITIVE,
+    TANH_GELU,
+    agreed,
+    check_activation,
+    check_label2id,
+    check_problem_type,
+    check_types,
+    check_values,
+    linear_factor,
+    resolved_labels,
+)
 from gemma_hub.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -22,27 +35,27 @@ from gemma_hub.errors import (
     nearest,
 )
 
-TANH_GELU = "gelu_pytorch_tanh"
-# Every released Gemma 1 means the tanh form, also those whose config.json says "gelu";
-# "gelu_new" and "gelu_fast" are two more names that Transformers has for the same formula.
-_TANH_GELU_NAMES = frozenset({TANH_GELU, "gelu", "gelu_new", "gelu_fast"})
-_ROPE_TYPES = ("default", "linear")
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
-ATTENTION_TYPES = ("full_attention", "sliding_attention")
+ARCHITECTURES = {
+    "base": "GemmaModel",
+    "causal_lm": "GemmaForCausalLM",
+    "sequence_classification": "GemmaForSequenceClassification",
+    "token_classification": "GemmaForTokenClassification",
+}
+"""{task: the class of Transformers that has its head}; the keys are the names of all tasks."""
+CLASSIFICATIONS = ("sequence_classification", "token_classification")
+"""The tasks whose head is a `score` matrix over labels."""
 
-# A deeper model would be a damaged file; the limit keeps such a file from filling the memory.
-_MAX_LAYERS = 10_000
 # Keys that Transformers writes and that do not change what the model computes at inference.
 # fmt: off
 _BOOKKEEPING = frozenset([
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
     "architectures", "attn_implementation", "auto_map", "cache_implementation",
-    "chunk_size_feed_forward", "classifier_dropout", "diversity_penalty", "do_sample",
-    "early_stopping", "encoder_no_repeat_ngram_size", "finetuning_task", "gradient_checkpointing",
-    "hidden_dropout", "hidden_dropout_prob", "id2label", "is_decoder", "label2id", "length_penalty",
-    "license", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
-    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "problem_type", "repetition_penalty", "return_dict", "task_specific_params", "temperature",
+    "chunk_size_feed_forward", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "finetuning_task", "gradient_checkpointing",
+    "hidden_dropout_prob", "is_decoder", "length_penalty", "license", "max_length", "min_length",
+    "model_type", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "repetition_penalty", "return_dict",
+    "task_specific_params", "temperature",
     "token_classification_bias", "tokenizer_class", "top_k", "top_p", "transformers_version",
     "typical_p", "unsloth_fixed", "unsloth_version", "use_cache", "use_return_dict",
 ])
@@ -101,21 +114,30 @@ class GemmaConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     use_qk_norm: bool = False
+    # The classification heads; a causal LM has no use for them. id2label is always filled in.
+    num_labels: int = None  # type: ignore[assignment]  # becomes that of id2label, or 2
+    id2label: Mapping[int, str] = field(default=None, hash=False)  # type: ignore[arg-type]
+    problem_type: str | None = None  # None: inferred from the labels of each call
+    classifier_dropout: float | None = None  # of the token classifier; None: as in Transformers
 
     def __post_init__(self) -> None:
         for name in _TUPLES:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        _check_types(self)
-        _check_values(self)
-        for name in (*_POSITIVE, *_OPTIONAL_POSITIVE, *_NOT_NEGATIVE):
+        check_types(vars(self))
+        check_values(vars(self))
+        for name in (*POSITIVE, *OPTIONAL_POSITIVE, *NOT_NEGATIVE):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else float(value))
         object.__setattr__(self, "hidden_activation", TANH_GELU)
-        factor = _linear_factor("rope_scaling", self.rope_scaling)
+        factor = linear_factor("rope_scaling", self.rope_scaling)
         scaling = None if factor is None else {"rope_type": "linear", "factor": factor}
         object.__setattr__(self, "rope_scaling", scaling)
+        labels = resolved_labels(self.num_labels, self.id2label)
+        object.__setattr__(self, "id2label", labels)
+        object.__setattr__(self, "num_labels", len(labels))
+        check_problem_type(self.problem_type, self.num_labels)
 
     # -- resolved values that backends read ----------------------------------------------------
 
@@ -165,8 +187,18 @@ class GemmaConfig:
         return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
     @property
+    def label2id(self) -> dict[str, int]:
+        """{name: id} of every label."""
+        return {name: i for i, name in self.id2label.items()}
+
+    @property
+    def head_dropout(self) -> float:
+        """Share of features that the token classifier drops in training; 0.1 where none is set."""
+        return 0.1 if self.classifier_dropout is None else self.classifier_dropout
+
+    @property
     def num_parameters(self) -> int:
-        """Number of parameters; a tied head counts once."""
+        """Number of parameters of the causal LM; a tied head counts once."""
         D, F, H = self.hidden_size, self.intermediate_size, self.head_dim
         N, K = self.num_attention_heads, self.num_key_value_heads
         attention = 2 * N * H * D + 2 * K * H * D
@@ -249,19 +281,43 @@ class GemmaConfig:
             )
         return cls.from_dict(table["shapes"][table["names"][name]])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The content of a `config.json` that Transformers 4 and 5 read as the same model."""
+    def with_labels(
+        self, num_labels: int | None = None, id2label: Mapping[int, str] | None = None
+    ) -> Self:
+        """The same config with other labels, named by `id2label` or else "LABEL_0", "LABEL_1", ...
+
+        Raises:
+            ConfigError: the two contradict one another.
+        """
+        changes: dict[str, Any] = {"num_labels": num_labels, "id2label": id2label}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self, task: str = "causal_lm") -> dict[str, Any]:
+        """The content of a `config.json` that Transformers 4 and 5 read as the same model.
+
+        Args:
+            task: a key of `ARCHITECTURES`. Labels that are not the default are written for every
+                task, the others with a classification head only.
+        """
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in _LATER or getattr(self, field.name) != field.default
         }
+        del values["num_labels"]  # follows from id2label; Transformers does not write it either
+        is_classifier = task in CLASSIFICATIONS
+        if is_classifier or values["id2label"] != resolved_labels(None, None):
+            values["label2id"] = self.label2id
+            # JSON has texts as keys; written as such, the file's order is the same everywhere.
+            values["id2label"] = {str(i): name for i, name in self.id2label.items()}
+        else:
+            del values["id2label"]
         values["hidden_act"] = self.hidden_activation
         values["torch_dtype"] = values.pop("dtype")
         for name in _TUPLES:
             if isinstance(values.get(name), tuple):
                 values[name] = list(values[name])
-        return {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", **values}
+        return {"architectures": [ARCHITECTURES[task]], "model_type": "gemma", **values}
 
 
 def read_json_object(path: Path, error: type[GemmaHubError]) -> dict[str, Any]:
@@ -299,7 +355,7 @@ def parse_json_object(content: bytes, what: str, error: type[GemmaHubError]) -> 
 
 # -- older and newer spellings ---------------------------------------------------------------------
 
-_LEGACY = frozenset({"hidden_act", "rope_parameters", "torch_dtype"})
+_LEGACY = frozenset({"hidden_act", "label2id", "rope_parameters", "torch_dtype"})
 _TUPLES = ("eos_token_id", "layer_types")
 
 
@@ -311,9 +367,9 @@ def _resolve_legacy(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` with the older and newer spellings of Transformers turned into this class's fields."""
     values = dict(raw)
     for key in ("hidden_act", "hidden_activation"):
-        _check_activation(key, values.pop(key, None))
+        check_activation(key, values.pop(key, None))
     dtypes = {key: values.pop(key, None) for key in ("dtype", "torch_dtype")}
-    values["dtype"] = _agreed(
+    values["dtype"] = agreed(
         {k: v.removeprefix("torch.") if isinstance(v, str) else v for k, v in dtypes.items()}
     )
     thetas, factors = {"rope_theta": values.pop("rope_theta", None)}, {}
@@ -324,176 +380,34 @@ def _resolve_legacy(raw: Mapping[str, Any]) -> dict[str, Any]:
             rope = {name: value for name, value in rope.items() if name != "rope_theta"}
         if not _states_nothing(rope):
             # 1.0 is "no scaling", said aloud: it must not be taken for a key that says nothing.
-            factors[f"the scaling of {key}"] = _linear_factor(key, rope) or 1.0
-    theta, factor = _agreed(thetas), _agreed(factors)
+            factors[f"the scaling of {key}"] = linear_factor(key, rope) or 1.0
+    theta, factor = agreed(thetas), agreed(factors)
     if theta is not None:
         values["rope_theta"] = theta
     if factor is not None and factor != 1.0:
         values["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     if values.get("head_dim", 0) is None:
         del values["head_dim"]  # null means the default
+    dropout = values.pop("hidden_dropout", None)  # what Transformers takes in its stead
+    if values.get("classifier_dropout") is None:
+        values["classifier_dropout"] = dropout
+    _resolve_labels(values)
     return values
 
 
-def _agreed(stated: Mapping[str, Any]) -> Any:
-    """The one value that the keys of `stated` have; None where none has any."""
-    given = {key: value for key, value in stated.items() if value is not None}
-    keys = list(given)
-    for key in keys[1:]:
-        if given[key] != given[keys[0]]:
-            raise ConfigError(
-                f"{keys[0]} is {given[keys[0]]!r} and {key} is {given[key]!r}, two spellings of "
-                "one thing. Keep the one that the model was trained with."
-            )
-    return given[keys[0]] if keys else None
+def _resolve_labels(values: dict[str, Any]) -> None:
+    """Turn label2id into id2label where that is not there, and check it where it is."""
+    label2id = values.pop("label2id", None)
+    if label2id is None:
+        return
+    if values.get("id2label") is None and isinstance(label2id, Mapping):
+        values["id2label"] = {i: name for name, i in label2id.items()}
+    check_label2id(label2id, resolved_labels(values.get("num_labels"), values.get("id2label")))
 
 
-# -- checks ----------------------------------------------------------------------------------------
-
-_INTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-_POSITIVE = ("rms_norm_eps", "rope_theta")
-_OPTIONAL_POSITIVE = (
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-)
-_NOT_NEGATIVE = ("initializer_range", "attention_dropout", "rms_norm_offset")
-_BOOLS = ("attention_bias", "tie_word_embeddings", "use_qk_norm")
 # Written to config.json only where a model has them: first-generation readers do not know them.
 _LATER = frozenset({"rms_norm_offset", "layer_types", "sliding_window", "use_qk_norm"}) | {
-    *_OPTIONAL_POSITIVE
+    *OPTIONAL_POSITIVE,
+    "problem_type",
+    "classifier_dropout",
 }
-
-
-def _is_number(value: Any) -> bool:
-    """Whether `value` is a finite number from 0 up that a float can hold."""
-    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
-
-
-def _check_types(config: GemmaConfig) -> None:
-    for name in _INTS:
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value < 2**63:
-            raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1.")
-    for name in (*_POSITIVE, *_OPTIONAL_POSITIVE):
-        value = getattr(config, name)
-        may_be_null = name in _OPTIONAL_POSITIVE
-        if not (_is_number(value) and value > 0) and not (may_be_null and value is None):
-            expected = "a number above 0" + (", or null" if may_be_null else "")
-            raise ConfigError(f"{name} is {value!r}; expected {expected}.")
-    for name in _NOT_NEGATIVE:
-        value = getattr(config, name)
-        if not _is_number(value):
-            raise ConfigError(f"{name} is {value!r}; expected a number of at least 0.")
-    for name in _BOOLS:
-        value = getattr(config, name)
-        if type(value) is not bool:
-            raise ConfigError(f"{name} is {value!r}; expected true or false.")
-
-
-def _check_values(config: GemmaConfig) -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
-        raise ConfigError(
-            f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; "
-            "the first must be a multiple of the second."
-        )
-    if config.head_dim % 2:
-        raise ConfigError(f"head_dim is {config.head_dim}; RoPE pairs need an even number.")
-    if config.num_hidden_layers > _MAX_LAYERS:
-        raise ConfigError(
-            f"num_hidden_layers is {config.num_hidden_layers}; expected at most {_MAX_LAYERS}."
-        )
-    _check_activation("hidden_activation", config.hidden_activation)
-    if config.dtype is not None and config.dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {config.dtype!r}; expected one of {', '.join(_DTYPES)}.")
-    if config.attention_dropout >= 1:
-        raise ConfigError(
-            f"attention_dropout is {config.attention_dropout}; expected 0 to below 1."
-        )
-    _check_token_ids(config)
-    _check_layer_types(config.layer_types, config.sliding_window, config.num_hidden_layers)
-
-
-def _check_activation(key: str, value: Any) -> None:
-    if value is not None and not (isinstance(value, str) and value in _TANH_GELU_NAMES):
-        raise ConfigError(
-            f"{key} is {value!r}; Gemma has {TANH_GELU!r} "
-            f"(also written {', '.join(sorted(_TANH_GELU_NAMES - {TANH_GELU}))})."
-        )
-
-
-def _linear_factor(key: str, scaling: Any) -> float | None:
-    """The factor of linear RoPE scaling, None for no scaling; anything else is an error."""
-    if scaling is None:
-        return None
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{key} is {scaling!r}; expected an object or null.")
-    stated = {name: value for name, value in scaling.items() if value is not None}
-    kind = _agreed({f"{key}.{name}": stated.pop(name, None) for name in ("rope_type", "type")})
-    factor = stated.pop("factor", None)
-    if kind not in (None, *_ROPE_TYPES):
-        raise ConfigError(f"{key} has the type {kind!r}; expected {' or '.join(_ROPE_TYPES)}.")
-    if stated:
-        raise ConfigError(
-            f"{key} has keys that gemma_hub does not know: {first_ten(stated)}; "
-            "expected rope_type, factor and, in rope_parameters, rope_theta."
-        )
-    if kind == "linear":
-        if not (_is_number(factor) and factor >= 1):
-            raise ConfigError(f"{key} has the factor {factor!r}; expected a number from 1 up.")
-        return float(factor)
-    if factor is not None and factor != 1:
-        raise ConfigError(f"{key} has the factor {factor!r} and not the type 'linear'; add it.")
-    return None
-
-
-def _check_token_ids(config: GemmaConfig) -> None:
-    ids: dict[str, Any] = {
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-    }
-    eos = config.eos_token_id
-    if isinstance(eos, tuple):
-        ids |= {f"eos_token_id[{i}]": value for i, value in enumerate(eos)}
-        if None in eos:
-            raise ConfigError(f"eos_token_id is {list(eos)!r}; expected ids only in a list.")
-    else:
-        ids["eos_token_id"] = eos
-    for name, value in ids.items():
-        if value is not None and (type(value) is not int or not 0 <= value < config.vocab_size):
-            raise ConfigError(
-                f"{name} is {value!r}; expected an id from 0 to {config.vocab_size - 1}, or null."
-            )
-
-
-def _check_layer_types(types: Any, window: Any, num_layers: int) -> None:
-    if window is not None and (type(window) is not int or window < 1):
-        raise ConfigError(f"sliding_window is {window!r}; expected an integer from 1 up, or null.")
-    if types is None:
-        if window is not None:
-            raise ConfigError(
-                f"sliding_window is {window} and layer_types does not say which layers slide; "
-                "set both, or neither."
-            )
-        return
-    if not isinstance(types, tuple) or len(types) != num_layers:
-        raise ConfigError(
-            f"layer_types is {types!r}; expected one entry for each of the {num_layers} layers."
-        )
-    for kind in types:
-        if kind not in ATTENTION_TYPES:
-            raise ConfigError(
-                f"layer_types holds {kind!r}; expected one of {', '.join(ATTENTION_TYPES)}."
-            )
-    if "sliding_attention" in types and window is None:
-        raise ConfigError("layer_types has sliding_attention layers; sliding_window must be set.")

@@ -7,6 +7,7 @@ import numpy as np
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError
+from gemma_hub.labels import IGNORED, checked_labels, counted_labels
 from gemma_hub.parameters import DTYPES
 
 
@@ -20,7 +21,16 @@ class ModelInputs:
         attention_mask: (B, T) bool, true at real tokens.
         position_ids: (B, T) int32; 0 at padding.
         output_hidden_states: whether the caller wants every layer's output.
+        output_attentions: whether the caller wants every layer's attention probabilities.
         logits_to_keep: number of last positions to compute logits for; 0 for all.
+        labels: what the loss compares with, or None for no loss. By task: causal_lm and
+            token_classification (B, T) int32, -100 where a token does not count;
+            sequence_classification (B,) int32 for one choice, (B, num_labels) float for several,
+            and for a regression (B,) float where num_labels is 1, else (B, num_labels).
+        num_items_in_batch: what a sum over tokens is divided by; None for the mean of the tokens
+            that count.
+        pooled_positions: (B,) int32, the token whose features stand for its row; None unless the
+            task is sequence_classification.
     """
 
     input_ids: np.ndarray | None
@@ -28,7 +38,11 @@ class ModelInputs:
     attention_mask: np.ndarray
     position_ids: np.ndarray
     output_hidden_states: bool = False
+    output_attentions: bool = False
     logits_to_keep: int = 0
+    labels: np.ndarray | None = None
+    num_items_in_batch: int | None = None
+    pooled_positions: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,7 +59,11 @@ class ModelInputs:
         position_ids: Any = None,
         inputs_embeds: Any = None,
         *,
+        task: str = "causal_lm",
+        labels: Any = None,
+        num_items_in_batch: int | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         logits_to_keep: int = 0,
         next_position: np.ndarray | None = None,
     ) -> Self:
@@ -58,8 +76,14 @@ class ModelInputs:
             position_ids: (B, T); if None each row counts its own real tokens, so that padding on
                 either side leaves them unchanged.
             inputs_embeds: (B, T, D) unscaled embeddings instead of `input_ids`.
+            task: what the model was built for, a key of `gemma_hub.config.ARCHITECTURES`.
+            labels: in the forms of the attribute; a regression's may be integers, and with
+                num_labels of 1 also (B, 1).
+            num_items_in_batch: number of labels that count in a batch of which this is a part.
             output_hidden_states: keep every layer's output.
-            logits_to_keep: compute logits for this many last positions only; 0 for all.
+            output_attentions: keep every layer's attention probabilities.
+            logits_to_keep: compute logits for this many last positions only; 0 for all. Only a
+                causal LM has it, and only without labels.
             next_position: (B,) position of each row's next token, from a cache; zeros if None.
 
         Raises:
@@ -78,18 +102,87 @@ class ModelInputs:
         mask = _mask(attention_mask, shape)
         positions = _positions(position_ids, mask, next_position)
         _check_positions(positions, mask, config.max_position_embeddings)
-        if type(logits_to_keep) is not int or logits_to_keep < 0:
-            raise InputError(
-                f"logits_to_keep is {logits_to_keep!r}; expected an integer from 0 up."
-            )
+        _check_logits_to_keep(logits_to_keep, task, labels)
+        if labels is not None:
+            labels = checked_labels(config, task, _as_array("labels", labels), mask.shape)
+        _check_number_of_items(num_items_in_batch, task, labels)
+        pooled = None
+        if task == "sequence_classification":
+            pooled = pooled_positions(config, ids, None if attention_mask is None else mask, shape)
         return cls(
             input_ids=ids,
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions.astype(np.int32),
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
+            pooled_positions=pooled,
         )
+
+
+def pooled_positions(
+    config: GemmaConfig,
+    input_ids: np.ndarray | None,
+    attention_mask: np.ndarray | None,
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """(B,) int32: the last real token of each row, whichever side its padding is on.
+
+    Args:
+        config: gives the padding id.
+        input_ids: (B, T), or None for embeddings.
+        attention_mask: (B, T) bool as the caller gave it. None: ids are real up to the rightmost
+            that is not the padding id, and embeddings all are.
+        shape: (B, T).
+
+    Returns:
+        0 for a row without a real token.
+
+    Raises:
+        InputError: several rows, and neither a mask nor a padding id that tells where they end.
+    """
+    batch, length = shape
+    if attention_mask is not None:
+        is_real = attention_mask
+    elif input_ids is not None and config.pad_token_id is not None:
+        is_real = input_ids != config.pad_token_id
+    elif input_ids is None or batch == 1:
+        return np.full(batch, length - 1, np.int32)
+    else:
+        raise InputError(
+            f"The batch has {batch} rows, and neither an attention_mask nor pad_token_id in the "
+            "config says where they end. Give an attention_mask."
+        )
+    last: np.ndarray = np.where(is_real, np.arange(length), 0).max(axis=1)
+    return last.astype(np.int32)
+
+
+def _check_logits_to_keep(count: Any, task: str, labels: Any) -> None:
+    if type(count) is not int or count < 0:
+        raise InputError(f"logits_to_keep is {count!r}; expected an integer from 0 up.")
+    if count and task != "causal_lm":
+        raise InputError(f"logits_to_keep is {count}; the task {task!r} has no such choice.")
+    if count and labels is not None:
+        raise InputError(f"logits_to_keep is {count} and labels were given; a loss needs them all.")
+
+
+def _check_number_of_items(count: Any, task: str, labels: np.ndarray | None) -> None:
+    is_over_tokens = task in ("causal_lm", "token_classification")
+    if count is None:
+        if labels is not None and is_over_tokens and counted_labels(task, labels) == 0:
+            raise InputError(
+                f"No label counts, so that the loss would be 0 / 0: all are {IGNORED}"
+                + (", or a row's first, which nothing predicts." if task == "causal_lm" else ".")
+            )
+        return
+    if type(count) is not int or count < 1:
+        raise InputError(f"num_items_in_batch is {count!r}; expected an integer from 1 up.")
+    if labels is None or not is_over_tokens:
+        why = "no labels were given" if labels is None else "this loss is a mean over rows"
+        raise InputError(f"num_items_in_batch is {count} and {why}. Leave it out.")
 
 
 def _as_array(name: str, value: Any) -> np.ndarray:

@@ -15,25 +15,44 @@ class ModelOutputs:
     """What one forward pass returns, in the backend's own arrays.
 
     Attributes:
-        logits: (B, T, V) float32; only the last `logits_to_keep` positions where that was asked.
+        logits: float32, by task: causal_lm (B, T, V), only the last `logits_to_keep` positions
+            where that was asked; sequence_classification (B, num_labels); token_classification
+            (B, T, num_labels); base None.
         hidden_states: num_hidden_layers + 1 arrays (B, T, D) in the compute dtype, on request: the
-            scaled embedding, the output of each layer but the last, and last the final norm's output
-            (the same entries as in Transformers).
+            scaled embedding, the output of each layer but the last, and last the final norm's
+            output (the same entries as in Transformers).
         as_numpy: turns one of the arrays into NumPy; bfloat16 becomes float32.
+        loss: one number in float32 where labels were given, else None.
+        attentions: one array (B, N, T, S) for each layer, on request: the probabilities with which
+            each token attends to each other.
+        last_hidden_state: (B, T, D) in the compute dtype, the final norm's output: the result of
+            the task base; None for others.
     """
 
-    logits: Any
+    logits: Any = None
     hidden_states: tuple[Any, ...] | None = None
     as_numpy: Callable[[Any], np.ndarray] = field(default=np.asarray, repr=False)
+    loss: Any = None
+    attentions: tuple[Any, ...] | None = None
+    last_hidden_state: Any = None
 
     def to_numpy(self) -> Self:
         """The same record with NumPy arrays (bfloat16 and float16 as float32)."""
-        states = self.hidden_states
+
+        def array(value: Any) -> np.ndarray | None:
+            return None if value is None else self.as_numpy(value)
+
+        def arrays(values: tuple[Any, ...] | None) -> tuple[np.ndarray, ...] | None:
+            return None if values is None else tuple(map(self.as_numpy, values))
+
         return dataclasses.replace(
             self,
-            logits=self.as_numpy(self.logits),
-            hidden_states=None if states is None else tuple(map(self.as_numpy, states)),
+            logits=array(self.logits),
+            hidden_states=arrays(self.hidden_states),
             as_numpy=np.asarray,
+            loss=array(self.loss),
+            attentions=arrays(self.attentions),
+            last_hidden_state=array(self.last_hidden_state),
         )
 
 

@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import CheckpointError, nearest
+from gemma_hub.config import ARCHITECTURES, CLASSIFICATIONS, GemmaConfig
+from gemma_hub.errors import CheckpointError, InputError, nearest
 
 Shape = tuple[int, ...]
 Index = slice | tuple[slice | int, ...] | int | None
@@ -27,7 +27,7 @@ DTYPES: dict[str, np.dtype] = {
 
 
 # {name within a layer: the product on each axis}. D hidden size, F feed-forward, H head size,
-# N query heads, K key/value heads, V vocabulary. Matrices are [out, in].
+# N query heads, K key/value heads, V vocabulary, C classes. Matrices are [out, in].
 _NORMS_AND_MATRICES = {
     "self_attn.q_proj.weight": ("NH", "D"),
     "self_attn.k_proj.weight": ("KH", "D"),
@@ -53,29 +53,41 @@ _FIELDS = {
     "K": "num_key_value_heads",
     "N": "num_attention_heads",
     "V": "vocab_size",
+    "C": "num_labels",
 }
+SCORE_WEIGHT, SCORE_BIAS = "score.weight", "score.bias"
 
 
-def parameter_shapes(config: GemmaConfig) -> dict[str, Shape]:
+def parameter_shapes(config: GemmaConfig, task: str = "causal_lm") -> dict[str, Shape]:
     """{canonical name: shape} of every parameter that `config` calls for, in file order.
 
     The tied head is one array under the embedding's name; `lm_head.weight` is there only when
     `config.tie_word_embeddings` is false.
+
+    Args:
+        config: the model's.
+        task: a key of `gemma_hub.config.ARCHITECTURES`. A base model has the parameters under
+            "model." only, a classifier the `score` head of `config.num_labels` rows in addition;
+            that of a token classifier has a bias.
     """
     size = {letter: getattr(config, field) for letter, field in _FIELDS.items()}
     return {
         name: tuple(math.prod(size[letter] for letter in axis) for axis in axes)
-        for name, axes in _parameter_axes(config).items()
+        for name, axes in _parameter_axes(config, task).items()
     }
 
 
-def shape_origin(config: GemmaConfig, name: str) -> str:
+def shape_origin(config: GemmaConfig, name: str, task: str = "causal_lm") -> str:
     """The fields of `config` that the shape of one parameter comes from, with their values."""
-    letters = dict.fromkeys("".join(_parameter_axes(config)[name]))
+    letters = dict.fromkeys("".join(_parameter_axes(config, task)[name]))
     return ", ".join(f"{_FIELDS[x]}={getattr(config, _FIELDS[x])}" for x in letters)
 
 
-def _parameter_axes(config: GemmaConfig) -> dict[str, tuple[str, ...]]:
+def _parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
+    if task not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        hint = nearest(str(task), ARCHITECTURES)
+        raise InputError(f"There is no task {task!r}. {hint}{' ' if hint else ''}Known: {known}.")
     layer = dict(_NORMS_AND_MATRICES)
     if config.attention_bias:
         layer |= _ATTENTION_BIASES
@@ -85,8 +97,12 @@ def _parameter_axes(config: GemmaConfig) -> dict[str, tuple[str, ...]]:
     for i in range(config.num_hidden_layers):
         axes |= {f"model.layers.{i}.{name}": value for name, value in layer.items()}
     axes["model.norm.weight"] = ("D",)
-    if not config.tie_word_embeddings:
+    if task == "causal_lm" and not config.tie_word_embeddings:
         axes["lm_head.weight"] = ("V", "D")
+    if task in CLASSIFICATIONS:
+        axes[SCORE_WEIGHT] = ("C", "D")
+    if task == "token_classification":
+        axes[SCORE_BIAS] = ("C",)
     return axes
 
 

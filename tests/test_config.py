@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_hub.config import TANH_GELU, GemmaConfig, LayerSpec
+from gemma_hub.config import GemmaConfig, LayerSpec
+from gemma_hub.config_checks import TANH_GELU
 from gemma_hub.errors import CheckpointNotFoundError, ConfigError
 from gemma_hub.parameters import parameter_shapes
 

@@ -7,6 +7,7 @@ from importlib import metadata
 from packaging.requirements import InvalidRequirement, Requirement
 
 from gemma_hub.backend import FEATURES
+from gemma_hub.config import ARCHITECTURES
 from gemma_hub.errors import nearest
 from gemma_hub.parameters import DTYPES
 from gemma_hub.plugins.problems import PluginFailure
@@ -135,6 +136,9 @@ def _check_backend(spec: BackendSpec) -> None:
     if not speaks_our_api(spec):
         return  # a later contract may have features that are unknown here
     _check_names(what, "features", spec.features, known=FEATURES)
+    _check_names(what, "tasks", spec.tasks, known=ARCHITECTURES)
+    if not spec.tasks:
+        raise _wrong(what, f"has no tasks; expected at least one of {', '.join(ARCHITECTURES)}")
     _check_names(what, "dtypes", spec.dtypes, known=DTYPES)
     if not spec.dtypes:
         raise _wrong(what, f"has no dtypes; expected at least one of {', '.join(DTYPES)}")

@@ -15,6 +15,7 @@ class BackendSpec:
         api_version: version of the contract it was written for, as "major.minor".
         factory: "module:Class" of the `Backend`; imported only when the backend is loaded.
         features: names from `gemma_hub.backend.FEATURES` that it supports.
+        tasks: names from `gemma_hub.config.ARCHITECTURES` that it builds models for.
         dtypes: compute types that it supports, the preferred one first.
         requires: distributions it needs, as PEP 508 strings; checked from metadata alone.
         summary: one line for `gemma-hub backends`.
@@ -24,6 +25,7 @@ class BackendSpec:
     api_version: str
     factory: str
     features: frozenset[str] = frozenset()
+    tasks: tuple[str, ...] = ("causal_lm",)
     dtypes: tuple[str, ...] = ("float32",)
     requires: tuple[str, ...] = ()
     summary: str = ""
