@@ -44,6 +44,7 @@ ARCHITECTURES = {
 """{task: the class of Transformers that has its head}; the keys are the names of all tasks."""
 CLASSIFICATIONS = ("sequence_classification", "token_classification")
 """The tasks whose head is a `score` matrix over labels."""
+DEFAULT_DROPOUT = 0.1
 
 # Keys that Transformers writes and that do not change what the model computes at inference.
 # fmt: off
@@ -114,11 +115,12 @@ class GemmaConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     use_qk_norm: bool = False
-    # The classification heads; a causal LM has no use for them. id2label is always filled in.
+    # The classification heads; a causal LM has no use for them. Where a value is None, it is
+    # filled in: with the number of names, generic names, and what Transformers takes.
     num_labels: int = None  # type: ignore[assignment]  # becomes that of id2label, or 2
     id2label: Mapping[int, str] = field(default=None, hash=False)  # type: ignore[arg-type]
     problem_type: str | None = None  # None: inferred from the labels of each call
-    classifier_dropout: float | None = None  # of the token classifier; None: as in Transformers
+    classifier_dropout: float = None  # type: ignore[assignment]  # of the token classifier; 0.1
 
     def __post_init__(self) -> None:
         for name in _TUPLES:
@@ -138,6 +140,9 @@ class GemmaConfig:
         object.__setattr__(self, "id2label", labels)
         object.__setattr__(self, "num_labels", len(labels))
         check_problem_type(self.problem_type, self.num_labels)
+        dropout = vars(self)["classifier_dropout"]
+        dropout = DEFAULT_DROPOUT if dropout is None else float(dropout)
+        object.__setattr__(self, "classifier_dropout", dropout)
 
     # -- resolved values that backends read ----------------------------------------------------
 
@@ -190,11 +195,6 @@ class GemmaConfig:
     def label2id(self) -> dict[str, int]:
         """{name: id} of every label."""
         return {name: i for i, name in self.id2label.items()}
-
-    @property
-    def head_dropout(self) -> float:
-        """Share of features that the token classifier drops in training; 0.1 where none is set."""
-        return 0.1 if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def num_parameters(self) -> int:
@@ -305,8 +305,9 @@ class GemmaConfig:
             if field.name not in _LATER or getattr(self, field.name) != field.default
         }
         del values["num_labels"]  # follows from id2label; Transformers does not write it either
-        is_classifier = task in CLASSIFICATIONS
-        if is_classifier or values["id2label"] != resolved_labels(None, None):
+        if values["classifier_dropout"] == DEFAULT_DROPOUT:
+            del values["classifier_dropout"]
+        if task in CLASSIFICATIONS or values["id2label"] != resolved_labels(None, None):
             values["label2id"] = self.label2id
             # JSON has texts as keys; written as such, the file's order is the same everywhere.
             values["id2label"] = {str(i): name for i, name in self.id2label.items()}
@@ -409,5 +410,4 @@ def _resolve_labels(values: dict[str, Any]) -> None:
 _LATER = frozenset({"rms_norm_offset", "layer_types", "sliding_window", "use_qk_norm"}) | {
     *OPTIONAL_POSITIVE,
     "problem_type",
-    "classifier_dropout",
 }

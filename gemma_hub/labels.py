@@ -1,29 +1,15 @@
-"""Labels: which loss they ask for, and their checks. The rules are the same for every backend."""
+"""checked_labels: labels in the one form that backends see."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError
-
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+from gemma_hub.problem import problem_type
 
 IGNORED = -100
 """A token label that counts for nothing."""
-
-
-def problem_type(config: GemmaConfig, labels_are_integers: bool) -> ProblemType:
-    """Which loss a sequence classifier has: the config's, else inferred from the labels.
-
-    It is inferred anew at each call, and never written into the config. (Transformers writes what
-    it inferred at the first call into the config, so that its later calls depend on the first.)
-    """
-    if config.problem_type is not None:
-        return config.problem_type  # type: ignore[return-value]  # the config checked it
-    if config.num_labels == 1:
-        return "regression"
-    return "single_label_classification" if labels_are_integers else "multi_label_classification"
 
 
 def checked_labels(
@@ -48,10 +34,13 @@ def checked_labels(
         raise InputError(f"labels were given and the task {task!r} has no loss. Leave them out.")
     if labels.dtype.kind not in "biuf":
         raise InputError(f"labels holds {labels.dtype}; expected numbers.")
-    kind = problem_type(config, labels.dtype.kind in "iu")
+    kind = problem_type(config, labels.shape, labels.dtype.kind in "iu")
+    if len(labels) != shape[0]:
+        raise InputError(f"labels has {len(labels)} rows; expected {shape[0]}, as the input.")
     if kind == "single_label_classification":
-        return _choices(labels, shape[0], config.num_labels)
-    return _values(labels, shape[0], config.num_labels, kind)
+        return _choices(labels.reshape(-1), config.num_labels)
+    values = _values(labels, kind)
+    return values.reshape(-1) if config.num_labels == 1 and kind == "regression" else values
 
 
 def counted_labels(task: str, labels: np.ndarray) -> int:
@@ -79,18 +68,7 @@ def _token_labels(
     return labels.astype(np.int32)
 
 
-def _choices(labels: np.ndarray, batch: int, num_labels: int) -> np.ndarray:
-    if labels.dtype.kind not in "iu":
-        raise InputError(
-            f"labels holds {labels.dtype}; expected integers, for problem_type "
-            "'single_label_classification'."
-        )
-    if labels.shape not in ((batch,), (batch, 1)):
-        raise InputError(
-            f"labels has shape {labels.shape}; expected ({batch},), one label for each row "
-            "(integer labels mean one choice; for several at once give floating-point 0 and 1)."
-        )
-    labels = labels.reshape(batch)
+def _choices(labels: np.ndarray, num_labels: int) -> np.ndarray:
     bad = np.flatnonzero((labels < 0) | (labels >= num_labels))
     if len(bad):
         raise InputError(
@@ -100,16 +78,8 @@ def _choices(labels: np.ndarray, batch: int, num_labels: int) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def _values(labels: np.ndarray, batch: int, num_labels: int, kind: str) -> np.ndarray:
+def _values(labels: np.ndarray, kind: str) -> np.ndarray:
     """Targets of a regression or of independent yes-or-no labels, as floating-point numbers."""
-    shapes: list[tuple[int, ...]] = [(batch, num_labels)]
-    if kind == "regression" and num_labels == 1:
-        shapes.insert(0, (batch,))
-    if labels.shape not in shapes:
-        raise InputError(
-            f"labels has shape {labels.shape}; expected {' or '.join(map(str, shapes))} for "
-            f"problem_type {kind!r} with num_labels={num_labels}."
-        )
     # float64 stays: the reference computes in it.
     wide = labels.dtype == np.float64
     values: np.ndarray = labels.astype(np.float64 if wide else np.float32)
@@ -121,4 +91,4 @@ def _values(labels: np.ndarray, batch: int, num_labels: int, kind: str) -> np.nd
         place = ", ".join(map(str, bad[0]))
         expected = "a finite number" if kind == "regression" else "0 to 1"
         raise InputError(f"labels[{place}] is {labels[tuple(bad[0])]}; expected {expected}.")
-    return values.reshape(shapes[0])
+    return values
