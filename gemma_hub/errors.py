@@ -4,13 +4,14 @@ GemmaHubError
 ├── ConfigError (ValueError)                a config.json value or key is wrong
 ├── CheckpointError (ValueError)            a checkpoint's files or tensors are wrong
 │   └── CheckpointNotFoundError (+ FileNotFoundError)
-├── TokenizerError (ValueError)             a vocabulary is unusable, or a text cannot be encoded with it
+├── TokenizerError (ValueError)             a vocabulary is unusable, or cannot encode a text
 ├── InputError (ValueError)                 an argument of a call is wrong: shape, id, setting
 │   └── CapacityError                       past the cache's capacity or the model's position limit
 ├── BackendNotFoundError (LookupError)      no backend of that name, or two that claim it
 ├── PluginError (ImportError)               the plug-in is there and cannot be loaded
 └── UnsupportedFeature (NotImplementedError) the backend does not do this, and says so
 
+NewHeadWarning (UserWarning) is the one warning: a head that no checkpoint had was made.
 Each leaf also inherits the builtin that a caller would expect, so either can be caught.
 A message says what is wrong with the value, what was expected, and what to do.
 """
@@ -67,6 +68,10 @@ class UnsupportedFeature(GemmaHubError, NotImplementedError):
         self.feature = feature
         self.backend = backend
         super().__init__(f"Backend {backend!r} does not support {feature!r}. {advice}".rstrip())
+
+
+class NewHeadWarning(UserWarning):
+    """A model was given a head that no checkpoint had; it knows nothing before it is trained."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ writes what was read. See docs/adr/0001-one-parameter-tree.md.
 
 import math
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -83,11 +83,16 @@ def shape_origin(config: GemmaConfig, name: str, task: str = "causal_lm") -> str
     return ", ".join(f"{_FIELDS[x]}={getattr(config, _FIELDS[x])}" for x in letters)
 
 
-def _parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
-    if task not in ARCHITECTURES:
+def check_task(task: Any) -> None:
+    """Raise an InputError unless `task` is a key of `gemma_hub.config.ARCHITECTURES`."""
+    if not isinstance(task, str) or task not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         hint = nearest(str(task), ARCHITECTURES)
         raise InputError(f"There is no task {task!r}. {hint}{' ' if hint else ''}Known: {known}.")
+
+
+def _parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
+    check_task(task)
     layer = dict(_NORMS_AND_MATRICES)
     if config.attention_bias:
         layer |= _ATTENTION_BIASES

@@ -46,8 +46,8 @@ def problem_type(
         why = "as the config says" if config.problem_type else "which the labels' type means"
         raise InputError(
             f"labels has shape {tuple(labels_shape)}; expected {expected}, for problem_type "
-            f"{kind!r} ({why}) with num_labels={C}. Integers choose one label for each row; for several at "
-            "once give floating-point 0 and 1."
+            f"{kind!r} ({why}) with num_labels={C}. Integers choose one label for each row; for "
+            "several at once give floating-point 0 and 1."
         )
     return kind
 

@@ -7,9 +7,10 @@ from gemma_hub.checkpoints.description import (
     describe_checkpoint,
 )
 from gemma_hub.checkpoints.reader import Checkpoint, MappedWeights, open_checkpoint
-from gemma_hub.checkpoints.writer import save_checkpoint
+from gemma_hub.checkpoints.writer import MAX_SHARD_BYTES, save_checkpoint
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "Checkpoint",
     "Description",
     "FileDescription",

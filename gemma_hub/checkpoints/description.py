@@ -20,8 +20,8 @@ from gemma_hub.checkpoints.reader import (
     read_eos_token_ids,
 )
 from gemma_hub.checkpoints.safetensors_file import SafetensorsFile
-from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import GemmaHubError
+from gemma_hub.config import ARCHITECTURES, GemmaConfig, read_json_object
+from gemma_hub.errors import ConfigError, GemmaHubError
 from gemma_hub.parameters import Shape
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ class Description:
     Attributes:
         path: the folder.
         config: the content of config.json as `GemmaConfig.to_dict` has it; None if unreadable.
+        task: what config.json says that it is for, a key of `gemma_hub.config.ARCHITECTURES`;
+            "causal_lm" where it does not say. Problems are those of opening it for this task.
         num_parameters: number of values in all tensors; a tied head counts once.
         dtype: type of the embedding; None if there is none.
         eos_token_ids: ids that end a text.
@@ -63,6 +65,7 @@ class Description:
 
     path: str
     config: dict[str, Any] | None
+    task: str
     num_parameters: int
     dtype: str | None
     eos_token_ids: tuple[int, ...]
@@ -93,9 +96,10 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
 
     folder = attempt(checkpoint_folder, path)
     if folder is None:
-        return Description(str(path), None, 0, None, (), (), (), tuple(problems))
+        return Description(str(path), None, "causal_lm", 0, None, (), (), (), tuple(problems))
     files = attempt(weight_files, folder)
     config = attempt(GemmaConfig.from_pretrained, folder, allow_unknown)
+    task = _stated_task(folder) if config else "causal_lm"
     # Where the index is wrong, the files beside it are still worth a look.
     paths = files.paths if files else _weight_paths(folder)
     opened = [file for p in paths if (file := attempt(SafetensorsFile, p))]
@@ -103,12 +107,13 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
         attempt(check_index_against_files, folder, files.index, opened)
     tensors = attempt(canonical_tensors, opened, config) or {}
     if config and files:
-        attempt(check_tensors, folder, config, tensors, allow_unknown)
+        attempt(check_tensors, folder, config, tensors, allow_unknown, task)
     eos = attempt(read_eos_token_ids, folder, config) if config else None
     is_tied = config is not None and config.tie_word_embeddings
     return Description(
         path=str(folder),
-        config=config.to_dict() if config else None,
+        config=config.to_dict(task) if config else None,
+        task=task,
         num_parameters=sum(
             math.prod(tensor.shape)
             for name, tensor in tensors.items()
@@ -123,6 +128,14 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
         files=_files(folder),
         problems=tuple(problems),
     )
+
+
+def _stated_task(folder: Path) -> str:
+    """The task of the class that config.json names in its architectures."""
+    stated = read_json_object(folder / "config.json", ConfigError).get("architectures")
+    known = {architecture: task for task, architecture in ARCHITECTURES.items()}
+    names = stated if isinstance(stated, list) else []
+    return next((known[name] for name in names if name in known), "causal_lm")
 
 
 def _weight_paths(folder: Path) -> list[Path]:

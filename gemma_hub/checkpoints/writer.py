@@ -22,6 +22,9 @@ from gemma_hub.parameters import DTYPES, Weights, parameter_shapes, shape_origin
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in total) while weights are written."""
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""Size above which weights go to several files."""
+
 _FORMAT_WORDS = {name: word for word, name in FORMAT_DTYPES.items()}
 _GENERATION_CONFIG = "generation_config.json"
 _WRITTEN_AT_ONCE = 16 << 20  # bytes
@@ -32,8 +35,9 @@ def save_checkpoint(
     config: GemmaConfig,
     weights: Weights,
     *,
+    task: str = "causal_lm",
     files: Sequence[str | Path] = (),
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
@@ -45,7 +49,9 @@ def save_checkpoint(
     Args:
         path: the folder to make.
         config: written to config.json, with the type of the weights.
-        weights: exactly the parameters that `config` calls for.
+        weights: exactly the parameters that `config` and `task` call for.
+        task: what the weights are for, a key of `gemma_hub.config.ARCHITECTURES`; config.json
+            names the class of Transformers that has this head.
         files: files to copy beside them, such as tokenizer.model. A generation_config.json among
             them is kept as it is; without one it is made from the ids in `config`.
         max_shard_bytes: size above which the weights go to several files.
@@ -57,7 +63,7 @@ def save_checkpoint(
         CheckpointError: the weights do not fit `config`, `path` exists, or it cannot be written.
         CheckpointNotFoundError: one of `files` does not exist.
     """
-    sizes = _checked_sizes(config, weights)
+    sizes = _checked_sizes(config, weights, task)
     copies = _checked_copies(files)
     # The real folder, so that the hidden one is on the same disk also where `path` is a link.
     target = Path(path).expanduser().resolve()
@@ -65,7 +71,7 @@ def save_checkpoint(
     hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         hidden.mkdir(parents=True)
-        _write_json(hidden / "config.json", _config_json(config, weights))
+        _write_json(hidden / "config.json", _config_json(config, weights, task))
         _write_json(hidden / _GENERATION_CONFIG, _generation_json(config))
         for source in copies:
             _copy(source, hidden / source.name)
@@ -85,14 +91,15 @@ def save_checkpoint(
 # -- checks, before anything is written ------------------------------------------------------------
 
 
-def _checked_sizes(config: GemmaConfig, weights: Weights) -> dict[str, int]:
+def _checked_sizes(config: GemmaConfig, weights: Weights, task: str) -> dict[str, int]:
     """{name: bytes} of what `config` calls for, in file order; an error if `weights` differ."""
-    shapes, there = parameter_shapes(config), set(weights.names())
+    shapes, there = parameter_shapes(config, task), set(weights.names())
     problems = {
         "Missing": [name for name in shapes if name not in there],
         "Unexpected": [name for name in there if name not in shapes],
         "Misshapen": [
-            f"{name} is {weights.shape(name)}, expected {shape} from {shape_origin(config, name)}"
+            f"{name} is {weights.shape(name)}, expected {shape} from "
+            f"{shape_origin(config, name, task)}"
             for name, shape in shapes.items()
             if name in there and weights.shape(name) != shape
         ],
@@ -146,8 +153,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def _config_json(config: GemmaConfig, weights: Weights) -> dict[str, Any]:
-    return dataclasses.replace(config, dtype=weights.dtype(EMBEDDING)).to_dict()
+def _config_json(config: GemmaConfig, weights: Weights, task: str) -> dict[str, Any]:
+    return dataclasses.replace(config, dtype=weights.dtype(EMBEDDING)).to_dict(task)
 
 
 def _generation_json(config: GemmaConfig) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_config_by_transformers(tmp_path):
             rms_norm_eps=3e-6,
             eos_token_id=(1, 107),
             bos_token_id=None,
+            num_labels=5,
         )
 
 
