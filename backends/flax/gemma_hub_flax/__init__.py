@@ -1,1 +1,30 @@
-"""The Flax (JAX, flax.nnx) backend of gemma_hub."""
+"""The Flax (JAX, flax.nnx) backend of gemma_hub, and its model classes.
+
+The classes are imported when they are first used: the plug-in's entry point is a module of this
+package and must stay light.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_hub_flax.model import (
+        FlaxGemmaForCausalLM,
+        FlaxGemmaForSequenceClassification,
+        FlaxGemmaForTokenClassification,
+        FlaxGemmaModel,
+    )
+
+__all__ = [
+    "FlaxGemmaForCausalLM",
+    "FlaxGemmaForSequenceClassification",
+    "FlaxGemmaForTokenClassification",
+    "FlaxGemmaModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gemma_hub_flax import model
+
+    return getattr(model, name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub_flax.dropout import Dropout
 
 # Finite, so that a row that sees nothing is a plain average and not NaN.
 MASKED = -2.0e38
@@ -38,16 +39,23 @@ def causal_mask(valid: Array, start: Array | int, num_queries: int) -> Array:
     return valid[:, None, :] & (slots[None, None, :] <= queries[None, :, None])
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S); (B, T, N, H)."""
+def attend(
+    q: Array, k: Array, v: Array, mask: Array, scale: float, dropout: Dropout
+) -> tuple[Array, Array]:
+    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S).
+
+    Returns:
+        The weighted sums (B, T, N, H), and the weights (B, N, T, S) as they were before dropout.
+    """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K, S = k.shape[2], k.shape[1]
     q = q.reshape(B, T, K, N // K, H)
     scores = product("BTKGH,BSKH->BKGTS", q, k) * scale
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     probs = jax.nn.softmax(scores, -1).astype(v.dtype)
-    out = product("BKGTS,BSKH->BTKGH", probs, v).astype(v.dtype)
-    return out.reshape(B, T, N, H)
+    dropped = dropout(probs)
+    out = product("BKGTS,BSKH->BTKGH", dropped, v).astype(v.dtype)
+    return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
 
 
 def product(subscripts: str, a: Array, b: Array) -> Array:

@@ -1,7 +1,7 @@
 """FlaxBackend: the backend contract over model.py. Twin: gemma_hub_torch/backend.py."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,21 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import ArrayWeights, Weights, parameter_shapes
-from gemma_hub_flax.cache import empty_cache
-from gemma_hub_flax.model import Caches, FlaxGemmaForCausalLM
+from gemma_hub.parameters import Weights
+from gemma_hub_flax import model
+from gemma_hub_flax.cache import KeyValueCache
+from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
+from gemma_hub_flax.weights import build_module, check_dtype, export_weights, named_leaves
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+CLASSES: dict[str, Any] = {
+    kind.task: kind
+    for kind in (
+        model.FlaxGemmaModel,
+        model.FlaxGemmaForCausalLM,
+        model.FlaxGemmaForSequenceClassification,
+        model.FlaxGemmaForTokenClassification,
+    )
+}
 
 
 class FlaxBackend:
@@ -28,10 +38,7 @@ class FlaxBackend:
 
     def devices(self) -> Sequence[str]:
         """The default first: JAX's own default platform."""
-        platforms = [jax.default_backend(), *(["cpu"] if jax.default_backend() != "cpu" else [])]
-        return [
-            f"{d.platform}:{d.id}" for name in platforms for d in jax.local_devices(backend=name)
-        ]
+        return device_names()
 
     def build(
         self, config: GemmaConfig, task: TaskSpec, weights: Weights, options: BuildOptions
@@ -42,78 +49,65 @@ class FlaxBackend:
             UnsupportedFeature: the config or the task needs something that is not here.
             InputError: a dtype, device or option that this backend does not have.
         """
-        dtype, device = check_request(config, task, options, self.devices())
-        abstract = nnx.eval_shape(lambda: FlaxGemmaForCausalLM(config, nnx.Rngs(0)))
-        graphdef, state = nnx.split(abstract)
-        leaves = [
-            as_jax(weights.read(name), DTYPES[dtype], find_device(device))
-            for name, _ in named_parameters(abstract)
-        ]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        return FlaxModel(config, nnx.merge(graphdef, state))
+        check_request(config, task, options)
+        device = find_device(options.device)
+        return FlaxModel(build_module(CLASSES[task.name], config, weights, options.dtype, device))
 
 
-def check_request(
-    config: GemmaConfig, task: TaskSpec, options: BuildOptions, devices: Sequence[str]
-) -> tuple[str, str]:
-    """(dtype, device) to build with, or a typed error."""
-    if task.name != "causal_lm":
-        raise UnsupportedFeature(f"task:{task.name}", "flax", "It has the task 'causal_lm'.")
+def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) -> None:
+    """Refuse, with a typed error, what this backend does not have."""
+    if task.name not in CLASSES:
+        raise UnsupportedFeature(f"task:{task.name}", "flax", f"It has {', '.join(CLASSES)}.")
     for feature in config.required_features:
         raise UnsupportedFeature(feature, "flax", "It runs first-generation Gemma.")
-    if options.dtype not in DTYPES:
-        raise InputError(f"dtype is {options.dtype!r}; the flax backend has {', '.join(DTYPES)}.")
-    device = devices[0] if options.device == "auto" else options.device
-    if ":" not in device:
-        device = f"{device}:0"
-    if device not in devices:
-        raise InputError(f"device is {device!r}; this machine has {', '.join(devices)}.")
+    check_dtype(options.dtype)
     if options.extra:
         raise InputError(f"The flax backend has no options; got {', '.join(options.extra)}.")
-    return options.dtype, device
 
 
 class FlaxModel:
     """One checkpoint in JAX.
 
     Attributes:
-        native: the `FlaxGemmaForCausalLM` module.
+        native: the module, an instance of one of the classes of model.py.
         device: such as "cpu:0" or "gpu:0".
     """
 
-    def __init__(self, config: GemmaConfig, module: FlaxGemmaForCausalLM) -> None:
-        self.config = config
+    def __init__(self, module: Any) -> None:
         self.native = module
-        weight = module.model.embed_tokens.weight[...]
-        device = next(iter(weight.devices()))
-        self.device, self.dtype = f"{device.platform}:{device.id}", weight.dtype
+        weight = getattr(module, "model", module).embed_tokens.weight[...]
+        self.device, self.dtype = name_of(device_of(weight)), weight.dtype
 
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
-        """Logits of whole sequences, without a cache."""
-        valid = self._to_device(inputs.attention_mask)
-        outputs, _ = self._run(inputs, valid, None, 0)
-        return outputs
+        """Outputs of whole sequences, without a cache."""
+        return self._outputs(self._run(inputs, None))
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache of `max_length` slots in the compute dtype."""
         cache = Cache.empty(None, batch_size, max_length)
-        arrays = empty_cache(
-            self.config, batch_size, max_length, self.dtype, find_device(self.device)
-        )
-        return dataclasses.replace(cache, arrays=arrays)
+        return dataclasses.replace(cache, arrays=self.native.init_cache(batch_size, max_length))
 
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for the tokens after those in `cache`; consumes its arrays."""
-        valid = cache.admit(inputs)
-        outputs, arrays = self._run(inputs, self._to_device(valid), cache.arrays, cache.length)
-        return outputs, cache.advanced(inputs, arrays)
+        cache.admit(inputs)
+        past: KeyValueCache = cache.arrays
+        out = self._run(inputs, past)
+        return self._outputs(out), cache.advanced(inputs, out.past_key_values)
+
+    def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Array]]:
+        """The loss of `inputs.labels` without dropout, and its gradient by every parameter.
+
+        Returns:
+            The loss, and {canonical name: gradient in the parameter's shape and dtype}.
+        """
+        graphdef, state = nnx.split(self.native)
+        arrays, options = self._arguments(inputs)
+        loss, gradients = loss_and_gradients(graphdef, state, arrays, options)
+        return float(loss), dict(named_leaves(self.native.task, gradients))
 
     def export(self) -> Weights:
         """The parameters under their canonical names, as views where possible."""
-        parameters = dict(named_parameters(self.native))
-        return ArrayWeights(
-            {name: np.asarray(parameters[name]) for name in parameter_shapes(self.config)}
-        )
+        return export_weights(self.native)
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """An array of this model in NumPy; 16-bit floats become float32."""
@@ -121,70 +115,68 @@ class FlaxModel:
             array = array.astype(jnp.float32)
         return np.asarray(array)
 
-    def _run(
-        self,
-        inputs: ModelInputs,
-        valid: Array,
-        cache: Caches | None,
-        start: int,
-    ) -> tuple[ModelOutputs, Caches]:
+    def _run(self, inputs: ModelInputs, past: KeyValueCache | None) -> Any:
         graphdef, state = nnx.split(self.native)
-        logits, hidden_states, cache = run(
-            graphdef,
-            state,
-            self._ids_or_embeddings(inputs),
-            self._to_device(inputs.position_ids),
-            valid,
-            cache,
-            start,
-            inputs.logits_to_keep,
-            inputs.output_hidden_states,
+        arrays, options = self._arguments(inputs)
+        return run(graphdef, state, past, arrays, options)
+
+    def _arguments(self, inputs: ModelInputs) -> tuple[dict[str, Array], tuple[Any, ...]]:
+        arrays = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "position_ids": inputs.position_ids,
+            "inputs_embeds": inputs.inputs_embeds,
+            "labels": inputs.labels,
+            "pooled_positions": inputs.pooled_positions,
+        }
+        device = find_device(self.device)
+        arguments = {
+            name: jax.device_put(array, device)
+            for name, array in arrays.items()
+            if array is not None
+        }
+        options: dict[str, Any] = {
+            "output_hidden_states": inputs.output_hidden_states,
+            "output_attentions": inputs.output_attentions,
+        }
+        if inputs.logits_to_keep:
+            options["logits_to_keep"] = inputs.logits_to_keep
+        if inputs.num_items_in_batch is not None:
+            options["num_items_in_batch"] = inputs.num_items_in_batch
+        return arguments, tuple(options.items())
+
+    def _outputs(self, out: Any) -> ModelOutputs:
+        return ModelOutputs(
+            logits=getattr(out, "logits", None),
+            last_hidden_state=getattr(out, "last_hidden_state", None),
+            loss=getattr(out, "loss", None),
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            as_numpy=self.to_numpy,
         )
-        return ModelOutputs(logits, hidden_states, self.to_numpy), cache
-
-    def _ids_or_embeddings(self, inputs: ModelInputs) -> Array:
-        if inputs.inputs_embeds is None:
-            return self._to_device(inputs.input_ids)
-        return self._to_device(inputs.inputs_embeds).astype(self.dtype)
-
-    def _to_device(self, array: np.ndarray | None) -> Array:
-        return jax.device_put(array, find_device(self.device))
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "logits_to_keep", "output_hidden_states"),
-    donate_argnames="cache",
-)
+@partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="past")
 def run(
     graphdef: Any,
     state: Any,
-    inputs: Array,
-    position_ids: Array,
-    valid: Array,
-    cache: Caches | None,
-    start: Array | int,
-    logits_to_keep: int,
-    output_hidden_states: bool,
-) -> tuple[Array, tuple[Array, ...] | None, Caches]:
+    past: KeyValueCache | None,
+    arrays: dict[str, Array],
+    options: tuple[tuple[str, Any], ...],
+) -> Any:
     """The module's call, compiled; the cache's memory is reused."""
     module = nnx.merge(graphdef, state)
-    logits, hidden_states, cache = module(inputs, position_ids, valid, cache, start, logits_to_keep)
-    return logits, hidden_states if output_hidden_states else None, cache
+    return module(**arrays, **dict(options), past_key_values=past, use_cache=past is not None)
 
 
-def named_parameters(module: nnx.Module) -> Iterable[tuple[str, Array]]:
-    """(canonical name, array) of every parameter, in the order of the module's state."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return ((".".join(map(str, path)), p.get_value()) for path, p in flat)
+@partial(jax.jit, static_argnames=("graphdef", "options"))
+def loss_and_gradients(
+    graphdef: Any, state: Any, arrays: dict[str, Array], options: tuple[tuple[str, Any], ...]
+) -> tuple[Array, Any]:
+    """The module's loss and its gradient by the state, compiled."""
 
+    def loss(state: Any) -> Array:
+        module = nnx.merge(graphdef, state)
+        return module(**arrays, **dict(options), use_cache=False).loss
 
-def find_device(name: str) -> jax.Device:
-    """The JAX device that `devices()` calls `name`."""
-    platform, _, index = name.partition(":")
-    return next(d for d in jax.local_devices(backend=platform) if d.id == int(index))
-
-
-def as_jax(array: np.ndarray, dtype: Any, device: jax.Device) -> Array:
-    """`array` on the device in `dtype`, with no second copy of it left behind."""
-    return jax.device_put(np.asarray(array, dtype), device)
+    return jax.value_and_grad(loss)(state)

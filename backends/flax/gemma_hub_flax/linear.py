@@ -46,10 +46,26 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One row of `weight` (V, D) per id, drawn from normal(0, std)."""
+    """One row of `weight` (V, D) per id, drawn from normal(0, std).
 
-    def __init__(self, num_rows: int, size: int, rngs: nnx.Rngs, *, std: float) -> None:
+    Looking up `padding_id` gives that row no gradient, as in Transformers.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        size: int,
+        rngs: nnx.Rngs,
+        *,
+        std: float,
+        padding_id: int | None = None,
+    ) -> None:
+        self.padding_id = padding_id
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (num_rows, size)))
 
     def __call__(self, ids: Array) -> Array:
-        return self.weight[ids]
+        rows = self.weight[ids]
+        if self.padding_id is None:
+            return rows
+        is_padding = (ids == self.padding_id)[..., None]
+        return jnp.where(is_padding, jax.lax.stop_gradient(rows), rows)

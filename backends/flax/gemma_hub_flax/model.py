@@ -1,7 +1,7 @@
 """Gemma in Flax NNX, top to bottom. Twin: gemma_hub_torch/model.py, line for line.
 
 Parameter names and layouts are those of the Hugging Face checkpoint. What each cast is for:
-docs/explanation/numerics.md.
+docs/explanation/numerics.md. What the arguments of a call mean: calls.py.
 Axes: B batch, T tokens, S key slots, D width, N query heads, K key/value heads, H head size.
 """
 
@@ -11,11 +11,22 @@ from flax import nnx
 from jax import Array
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub.problem import problem_type
 from gemma_hub_flax.attention import attend, causal_mask, rope_angles, rotate
-from gemma_hub_flax.cache import LayerCache, append, filled
+from gemma_hub_flax.cache import KeyValueCache, LayerCache, append, filled
+from gemma_hub_flax.calls import (
+    check_labels,
+    finished_cache,
+    is_integer,
+    last_real_tokens,
+    prepare_call,
+)
+from gemma_hub_flax.dropout import Dropout, split_key
 from gemma_hub_flax.linear import Embedding, Linear, linear
-
-Caches = tuple[LayerCache | None, ...]
+from gemma_hub_flax.losses import causal_loss, cross_entropy, sequence_loss
+from gemma_hub_flax.outputs import BaseModelOutput, HeadOutput
+from gemma_hub_flax.pretrained import Pretrained
+from gemma_hub_flax.remat import remat
 
 
 class RMSNorm(nnx.Module):
@@ -41,25 +52,32 @@ class Attention(nnx.Module):
         H, std, bias = config.head_dim, config.initializer_range, config.attention_bias
         self.head_dim = H
         self.scale = config.attention_scale
+        self.dropout = config.attention_dropout
         self.q_proj = Linear(D, N * H, rngs, std=std, bias=bias)
         self.k_proj = Linear(D, K * H, rngs, std=std, bias=bias)
         self.v_proj = Linear(D, K * H, rngs, std=std, bias=bias)
         self.o_proj = Linear(N * H, D, rngs, std=std, bias=bias)
 
     def __call__(
-        self, x: Array, angles: Array, mask: Array, cache: LayerCache | None, start: Array | int
-    ) -> tuple[Array, LayerCache | None]:
+        self,
+        x: Array,
+        angles: Array,
+        mask: Array,
+        cache: LayerCache | None,
+        start: Array | int,
+        dropout_rng: Array | None,
+    ) -> tuple[Array, Array, LayerCache]:
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)
         q = rotate(q, angles)
         k = rotate(k, angles)
-        if cache is not None:
-            cache = append(cache, k, v, start)
-            k, v = filled(cache, mask.shape[2])
-        out = attend(q, k, v, mask, self.scale)
-        return self.o_proj(out.reshape(B, T, -1)), cache
+        cache = append(cache, k, v, start)
+        k, v = filled(cache.keys, mask.shape[2]), filled(cache.values, mask.shape[2])
+        dropout = Dropout(self.dropout, dropout_rng)
+        out, probs = attend(q, k, v, mask, self.scale, dropout)
+        return self.o_proj(out.reshape(B, T, -1)), probs, cache
 
 
 class MLP(nnx.Module):
@@ -87,61 +105,109 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, rngs)
 
     def __call__(
-        self, x: Array, angles: Array, mask: Array, cache: LayerCache | None, start: Array | int
-    ) -> tuple[Array, LayerCache | None]:
-        out, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache, start)
+        self,
+        x: Array,
+        angles: Array,
+        mask: Array,
+        cache: LayerCache | None,
+        start: Array | int,
+        dropout_rng: Array | None,
+    ) -> tuple[Array, Array, LayerCache]:
+        out, probs, cache = self.self_attn(
+            self.input_layernorm(x), angles, mask, cache, start, dropout_rng
+        )
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, cache
+        return x, probs, cache
 
 
-class FlaxGemmaModel(nnx.Module):
-    """The decoder without a head."""
+class FlaxGemmaModel(Pretrained, nnx.Module):
+    """The decoder without a head.
 
-    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs) -> None:
+    Attributes:
+        gradient_checkpointing: compute each layer's activations again in the backward pass
+            instead of keeping them.
+    """
+
+    task = "base"
+
+    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs | None = None) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
         self.config = config
+        self.gradient_checkpointing = False
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, rngs, std=config.initializer_range
+            config.vocab_size,
+            config.hidden_size,
+            rngs,
+            std=config.initializer_range,
+            padding_id=config.pad_token_id,
         )
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config, rngs)
 
     def __call__(
         self,
-        inputs: Array,
-        position_ids: Array,
-        valid: Array,
-        cache: Caches | None = None,
-        start: Array | int = 0,
-    ) -> tuple[tuple[Array, ...], Caches]:
-        """Hidden states, num_layers + 1 entries with the final norm's last, and the cache.
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Array | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        dropout_rng: Array | None = None,
+    ) -> BaseModelOutput:
+        """Hidden states of a batch.
 
         Args:
-            inputs: (B, T) ids, or (B, T, D) unscaled embeddings.
-            position_ids: (B, T) integers.
-            valid: (B, S) bool, the slots that hold real tokens; S = T without a cache.
-            cache: one `LayerCache` per layer; None without a cache.
-            start: slot of the first token.
+            input_ids: (B, T) ids.
+            attention_mask: (B, T), or (B, length of the cache + T); 0 at padding.
+            position_ids: (B, T); None counts each row's real tokens.
+            past_key_values: what an earlier call or `init_cache` returned; used up by this call.
+            inputs_embeds: (B, T, D) unscaled embeddings instead of `input_ids`.
+            use_cache: return `past_key_values`.
+            output_attentions: return each layer's attention weights.
+            output_hidden_states: return each layer's output.
+            dropout_rng: a key of jax.random turns dropout on; None is the mode without it.
+
+        Raises:
+            InputError: a wrong shape, type or id, or both or neither of the two inputs.
+            CapacityError: more tokens than the cache or the model has room for.
         """
-        x = self.embed_tokens(inputs) if inputs.ndim == 2 else inputs
-        scale = jnp.full((), self.config.embedding_scale, dtype=x.dtype)
-        x = x * scale
-        angles = rope_angles(position_ids, self.config)
-        mask = causal_mask(valid, start, x.shape[1])
-        hidden_states = [x]
-        new_cache = []
-        for layer, old in zip(self.layers, cache or (None,) * len(self.layers), strict=True):
-            x, new = layer(x, angles, mask, old, start)
+        call = prepare_call(
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        )
+        x = call.inputs
+        if inputs_embeds is None:
+            x = self.embed_tokens(x)
+        x = x.astype(self.embed_tokens.weight.dtype)
+        x = x * jnp.full((), self.config.embedding_scale, dtype=x.dtype)
+        angles = rope_angles(call.position_ids, self.config)
+        mask = causal_mask(call.visible, call.start, x.shape[1])
+        hidden_states, attentions, caches = [x], [], []
+        keys = split_key(dropout_rng, len(self.layers))
+        for layer, cache, key in zip(self.layers, call.layers, keys, strict=True):
+            run = remat(layer) if self.gradient_checkpointing else layer
+            x, probs, cache = run(x, angles, mask, cache, call.start, key)
             hidden_states.append(x)
-            new_cache.append(new)
+            attentions.append(probs)
+            caches.append(cache)
         hidden_states[-1] = self.norm(x)
-        return tuple(hidden_states), tuple(new_cache)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=finished_cache(call, caches) if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
 
 
-class FlaxGemmaForCausalLM(nnx.Module):
+class FlaxGemmaForCausalLM(Pretrained, nnx.Module):
     """The decoder with the head that scores the next token."""
 
-    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs) -> None:
+    task = "causal_lm"
+
+    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs | None = None) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
         self.config = config
         self.model = FlaxGemmaModel(config, rngs)
         if not config.tie_word_embeddings:
@@ -151,21 +217,163 @@ class FlaxGemmaForCausalLM(nnx.Module):
 
     def __call__(
         self,
-        inputs: Array,
-        position_ids: Array,
-        valid: Array,
-        cache: Caches | None = None,
-        start: Array | int = 0,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         logits_to_keep: int = 0,
-    ) -> tuple[Array, tuple[Array, ...], Caches]:
-        """Logits (B, T, V) in float32, hidden states and cache; arguments as in `FlaxGemmaModel`.
+        num_items_in_batch: int | None = None,
+        dropout_rng: Array | None = None,
+    ) -> HeadOutput:
+        """Logits (B, T, V) of each next token.
 
-        `logits_to_keep` limits the logits to that many last positions; 0 means all.
+        Arguments are those of `FlaxGemmaModel`, and:
+
+        Args:
+            labels: (B, T) ids, not shifted; -100 does not count.
+            logits_to_keep: compute logits of this many last positions only; 0 for all.
+            num_items_in_batch: divide the loss by it instead of by the labels that count.
         """
-        hidden_states, cache = self.model(inputs, position_ids, valid, cache, start)
-        x = hidden_states[-1][:, -logits_to_keep:]
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            dropout_rng,
+        )
+        x = out.last_hidden_state[:, -logits_to_keep:]
         if self.config.tie_word_embeddings:
             logits = linear(x, self.model.embed_tokens.weight[...])
         else:
             logits = self.lm_head(x)
-        return logits.astype(jnp.float32), hidden_states, cache
+        logits = logits.astype(jnp.float32)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:2], self.config.vocab_size)
+            loss = causal_loss(logits, labels, num_items_in_batch)
+        return HeadOutput(loss, logits, *out[1:])
+
+
+class FlaxGemmaForSequenceClassification(Pretrained, nnx.Module):
+    """The decoder with a head that scores labels of each row, from its last real token."""
+
+    task = "sequence_classification"
+
+    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs | None = None) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.config = config
+        self.model = FlaxGemmaModel(config, rngs)
+        self.score = Linear(
+            config.hidden_size, config.num_labels, rngs, std=config.initializer_range
+        )
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        pooled_positions: Array | None = None,
+        dropout_rng: Array | None = None,
+    ) -> HeadOutput:
+        """Logits (B, num_labels).
+
+        Arguments are those of `FlaxGemmaModel`, and:
+
+        Args:
+            labels: (B,) integers, or numbers of the logits' shape, as the problem type asks for
+                (`gemma_hub.problem`).
+            pooled_positions: (B,) index of the token that stands for its row; None for the last
+                real one.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            dropout_rng,
+        )
+        x = out.last_hidden_state
+        B, T, _ = x.shape
+        if pooled_positions is None:
+            pooled_positions = last_real_tokens(self.config, input_ids, attention_mask, B, T)
+        logits = self.score(x[jnp.arange(B), pooled_positions]).astype(jnp.float32)
+        loss = None
+        if labels is not None:
+            kind = problem_type(self.config, labels.shape, is_integer(labels))
+            loss = sequence_loss(kind, logits, labels)
+        return HeadOutput(loss, logits, *out[1:])
+
+
+class FlaxGemmaForTokenClassification(Pretrained, nnx.Module):
+    """The decoder with a head that scores labels of each token."""
+
+    task = "token_classification"
+
+    def __init__(self, config: GemmaConfig, rngs: nnx.Rngs | None = None) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.config = config
+        self.model = FlaxGemmaModel(config, rngs)
+        self.dropout = config.classifier_dropout
+        self.score = Linear(
+            config.hidden_size, config.num_labels, rngs, std=config.initializer_range, bias=True
+        )
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        num_items_in_batch: int | None = None,
+        dropout_rng: Array | None = None,
+    ) -> HeadOutput:
+        """Logits (B, T, num_labels).
+
+        Arguments are those of `FlaxGemmaModel`, and:
+
+        Args:
+            labels: (B, T) integers; -100 does not count.
+            num_items_in_batch: divide the loss by it instead of by the labels that count.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            dropout_rng,
+        )
+        dropout = Dropout(self.dropout, dropout_rng)
+        logits = self.score(dropout(out.last_hidden_state)).astype(jnp.float32)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:2], self.config.num_labels)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
+        return HeadOutput(loss, logits, *out[1:])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub_torch.dropout import dropout
 
 # Finite, so that a row that sees nothing is a plain average and not NaN.
 MASKED = -2.0e38
@@ -37,16 +38,23 @@ def causal_mask(valid: Tensor, start: int, num_queries: int) -> Tensor:
     return valid[:, None, :] & (slots[None, None, :] <= queries[None, :, None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S); (B, T, N, H)."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout_rate: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S).
+
+    Returns:
+        The weighted sums (B, T, N, H), and the weights (B, N, T, S) as they were before dropout.
+    """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K, S = k.shape[2], k.shape[1]
     q = q.reshape(B, T, K, N // K, H)
     scores = product("BTKGH,BSKH->BKGTS", q, k) * scale
     scores = torch.where(mask[:, None, None], scores, MASKED)
     probs = torch.softmax(scores, -1).to(v.dtype)
-    out = product("BKGTS,BSKH->BTKGH", probs, v).to(v.dtype)
-    return out.reshape(B, T, N, H)
+    dropped = dropout(probs, dropout_rate)
+    out = product("BKGTS,BSKH->BTKGH", dropped, v).to(v.dtype)
+    return out.reshape(B, T, N, H), probs.reshape(B, N, T, S)
 
 
 def product(subscripts: str, a: Tensor, b: Tensor) -> Tensor:

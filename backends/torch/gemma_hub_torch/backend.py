@@ -1,9 +1,9 @@
 """TorchBackend: the backend contract over model.py. Twin: gemma_hub_flax/backend.py."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,11 +13,21 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import ArrayWeights, Weights, parameter_shapes
-from gemma_hub_torch.cache import empty_cache
-from gemma_hub_torch.model import Caches, GemmaForCausalLM
+from gemma_hub.parameters import Weights
+from gemma_hub_torch import model
+from gemma_hub_torch.cache import KeyValueCache
+from gemma_hub_torch.devices import device_names, find_device
+from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLASSES: dict[str, Any] = {
+    kind.task: kind
+    for kind in (
+        model.GemmaModel,
+        model.GemmaForCausalLM,
+        model.GemmaForSequenceClassification,
+        model.GemmaForTokenClassification,
+    )
+}
 
 
 class TorchBackend:
@@ -25,8 +35,7 @@ class TorchBackend:
 
     def devices(self) -> Sequence[str]:
         """The default first: the first GPU where there is one."""
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        return [*gpus, "cpu"]
+        return device_names()
 
     def build(
         self, config: GemmaConfig, task: TaskSpec, weights: Weights, options: BuildOptions
@@ -37,79 +46,67 @@ class TorchBackend:
             UnsupportedFeature: the config or the task needs something that is not here.
             InputError: a dtype, device or option that this backend does not have.
         """
-        dtype, device = check_request(config, task, options, self.devices())
-        with torch.device("meta"):
-            module = GemmaForCausalLM(config)
-        state = (
-            (name, as_tensor(weights.read(name)).to(device, DTYPES[dtype]))
-            for name in weights.names()
-        )
-        module.load_state_dict(dict(state), assign=True)
-        return TorchModel(config, module.eval())
+        check_request(config, task, options)
+        device = find_device(options.device)
+        return TorchModel(build_module(CLASSES[task.name], config, weights, options.dtype, device))
 
 
-def check_request(
-    config: GemmaConfig, task: TaskSpec, options: BuildOptions, devices: Sequence[str]
-) -> tuple[str, str]:
-    """(dtype, device) to build with, or a typed error."""
-    if task.name != "causal_lm":
-        raise UnsupportedFeature(f"task:{task.name}", "torch", "It has the task 'causal_lm'.")
+def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) -> None:
+    """Refuse, with a typed error, what this backend does not have."""
+    if task.name not in CLASSES:
+        raise UnsupportedFeature(f"task:{task.name}", "torch", f"It has {', '.join(CLASSES)}.")
     for feature in config.required_features:
         raise UnsupportedFeature(feature, "torch", "It runs first-generation Gemma.")
-    if options.dtype not in DTYPES:
-        raise InputError(f"dtype is {options.dtype!r}; the torch backend has {', '.join(DTYPES)}.")
-    device = devices[0] if options.device == "auto" else options.device
-    if device == "cuda":
-        device = "cuda:0"
-    if device not in devices:
-        raise InputError(f"device is {device!r}; this machine has {', '.join(devices)}.")
+    check_dtype(options.dtype)
     if options.extra:
         raise InputError(f"The torch backend has no options; got {', '.join(options.extra)}.")
-    return options.dtype, device
 
 
 class TorchModel:
     """One checkpoint in PyTorch.
 
     Attributes:
-        native: the `GemmaForCausalLM` module, in eval mode.
+        native: the module, an instance of one of the classes of model.py.
         device: such as "cpu" or "cuda:0".
     """
 
-    def __init__(self, config: GemmaConfig, module: GemmaForCausalLM) -> None:
-        self.config = config
+    def __init__(self, module: Any) -> None:
         self.native = module
-        weight = module.model.embed_tokens.weight
+        weight = getattr(module, "model", module).embed_tokens.weight
         self.device, self.dtype = str(weight.device), weight.dtype
 
     @torch.no_grad()
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
-        """Logits of whole sequences, without a cache."""
-        valid = self._to_device(inputs.attention_mask)
-        outputs, _ = self._run(inputs, valid, None, 0)
-        return outputs
+        """Outputs of whole sequences, without a cache."""
+        return self._outputs(self.native(**self._arguments(inputs), use_cache=False))
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache of `max_length` slots in the compute dtype."""
         cache = Cache.empty(None, batch_size, max_length)
-        arrays = empty_cache(
-            self.config, batch_size, max_length, self.dtype, torch.device(self.device)
-        )
-        return dataclasses.replace(cache, arrays=arrays)
+        return dataclasses.replace(cache, arrays=self.native.init_cache(batch_size, max_length))
 
     @torch.no_grad()
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for the tokens after those in `cache`; overwrites its arrays."""
-        valid = cache.admit(inputs)[:, : cache.length + inputs.shape[1]]
-        outputs, arrays = self._run(inputs, self._to_device(valid), cache.arrays, cache.length)
-        return outputs, cache.advanced(inputs, arrays)
+        cache.admit(inputs)
+        past: KeyValueCache = cache.arrays
+        out = self.native(**self._arguments(inputs), past_key_values=past)
+        return self._outputs(out), cache.advanced(inputs, out.past_key_values)
+
+    def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Tensor]]:
+        """The loss of `inputs.labels` in eval mode, and its gradient by every parameter.
+
+        Returns:
+            The loss, and {canonical name: gradient in the parameter's shape and dtype}.
+        """
+        parameters = dict(named_parameters(self.native))
+        out = self.native(**self._arguments(inputs), use_cache=False)
+        gradients = torch.autograd.grad(out.loss, list(parameters.values()))
+        return float(out.loss.detach()), dict(zip(parameters, gradients, strict=True))
 
     def export(self) -> Weights:
         """The parameters under their canonical names, as views where possible."""
-        parameters = dict(named_parameters(self.native))
-        return ArrayWeights(
-            {name: as_array(parameters[name]) for name in parameter_shapes(self.config)}
-        )
+        return export_weights(self.native)
 
     def to_numpy(self, array: Tensor) -> np.ndarray:
         """A tensor of this model in NumPy; 16-bit floats become float32."""
@@ -117,50 +114,37 @@ class TorchModel:
             array = array.to(torch.float32)
         return array.detach().cpu().numpy()
 
-    def _run(
-        self,
-        inputs: ModelInputs,
-        valid: Tensor,
-        cache: Caches | None,
-        start: int,
-    ) -> tuple[ModelOutputs, Caches]:
-        logits, hidden_states, cache = self.native(
-            self._ids_or_embeddings(inputs),
-            self._to_device(inputs.position_ids),
-            valid,
-            cache,
-            start,
-            inputs.logits_to_keep,
+    def _arguments(self, inputs: ModelInputs) -> dict[str, Any]:
+        arrays = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+            "position_ids": inputs.position_ids,
+            "inputs_embeds": inputs.inputs_embeds,
+            "labels": inputs.labels,
+            "pooled_positions": inputs.pooled_positions,
+        }
+        arguments: dict[str, Any] = {
+            name: torch.tensor(array, device=self.device)
+            for name, array in arrays.items()
+            if array is not None
+        }
+        for name in ("input_ids", "labels", "pooled_positions"):  # indices are int64 in torch
+            if name in arguments and not arguments[name].is_floating_point():
+                arguments[name] = arguments[name].to(torch.int64)
+        if inputs.logits_to_keep:
+            arguments["logits_to_keep"] = inputs.logits_to_keep
+        if inputs.num_items_in_batch is not None:
+            arguments["num_items_in_batch"] = inputs.num_items_in_batch
+        arguments["output_hidden_states"] = inputs.output_hidden_states
+        arguments["output_attentions"] = inputs.output_attentions
+        return arguments
+
+    def _outputs(self, out: Any) -> ModelOutputs:
+        return ModelOutputs(
+            logits=getattr(out, "logits", None),
+            last_hidden_state=getattr(out, "last_hidden_state", None),
+            loss=getattr(out, "loss", None),
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            as_numpy=self.to_numpy,
         )
-        states = hidden_states if inputs.output_hidden_states else None
-        return ModelOutputs(logits, states, self.to_numpy), cache
-
-    def _ids_or_embeddings(self, inputs: ModelInputs) -> Tensor:
-        if inputs.inputs_embeds is None:
-            return self._to_device(inputs.input_ids).to(torch.int64)
-        return self._to_device(inputs.inputs_embeds).to(self.dtype)
-
-    def _to_device(self, array: np.ndarray | None) -> Tensor:
-        return torch.tensor(array, device=self.device)
-
-
-def named_parameters(module: torch.nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """(canonical name, detached tensor) of every parameter."""
-    return ((name, p.detach()) for name, p in module.named_parameters())
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor over the array's own memory (NumPy has no bfloat16 that torch knows)."""
-    if not array.flags.writeable:
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """The inverse of `as_tensor`."""
-    tensor = tensor.cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

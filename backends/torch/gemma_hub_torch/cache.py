@@ -1,11 +1,14 @@
-"""Keys and values of one layer, preallocated. Twin: gemma_hub_flax/cache.py."""
+"""Keys and values, preallocated. Twin: gemma_hub_flax/cache.py."""
 
+import dataclasses
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub.errors import CapacityError
 
 
 class LayerCache(NamedTuple):
@@ -15,28 +18,90 @@ class LayerCache(NamedTuple):
     values: Tensor
 
 
+@dataclass(frozen=True)
+class KeyValueCache:
+    """`past_key_values`: what the tokens so far left behind.
+
+    Attributes:
+        layers: one `LayerCache` per layer.
+        valid: (B, S) bool, the slots that hold real tokens.
+        next_position: (B,) integers, position of each row's next token.
+        length: number of slots used.
+        can_grow: whether a call that does not fit makes a larger cache (one that a call made by
+            itself) or is an error (one from `init_cache`).
+    """
+
+    layers: tuple[LayerCache, ...]
+    valid: Tensor
+    next_position: Tensor
+    length: int
+    can_grow: bool = False
+
+    def counts(self, num_tokens: int) -> bool:
+        """Whether it holds this many tokens."""
+        return num_tokens == self.length
+
+    def with_room(self, num_tokens: int) -> "KeyValueCache":
+        """A cache with `num_tokens` free slots: itself if there are so many.
+
+        Raises:
+            CapacityError: there are not, and it must not grow.
+        """
+        needed, capacity = self.length + num_tokens, self.valid.shape[1]
+        if needed <= capacity:
+            return self
+        if not self.can_grow:
+            raise CapacityError(
+                f"The cache holds {self.length} of {capacity} tokens and {num_tokens} more do not "
+                "fit. Make a larger one with init_cache(batch_size, max_length)."
+            )
+        more = max(2 * capacity, needed) - capacity
+        layers = tuple(LayerCache(widen(c.keys, more), widen(c.values, more)) for c in self.layers)
+        return dataclasses.replace(self, layers=layers, valid=widen(self.valid, more))
+
+
 def empty_cache(
     config: GemmaConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[LayerCache, ...]:
-    """One `LayerCache` per layer, all zeros."""
+) -> KeyValueCache:
+    """A cache of `max_length` slots that holds nothing yet, and does not grow."""
     shape = (batch_size, max_length, config.num_key_value_heads, config.head_dim)
-    return tuple(
-        LayerCache(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
-        )
-        for _ in range(config.num_hidden_layers)
+    return KeyValueCache(
+        layers=tuple(
+            LayerCache(
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for _ in range(config.num_hidden_layers)
+        ),
+        valid=torch.zeros((batch_size, max_length), dtype=torch.bool, device=device),
+        next_position=torch.zeros(batch_size, dtype=torch.int64, device=device),
+        length=0,
     )
 
 
-def append(cache: LayerCache, k: Tensor, v: Tensor, start: int) -> LayerCache:
+def widen(array: Tensor, more: int) -> Tensor:
+    """(B, S, ...) with `more` slots of zeros behind."""
+    free = torch.zeros((array.shape[0], more, *array.shape[2:]), dtype=array.dtype)
+    return torch.cat([array, free.to(array.device)], 1)
+
+
+def store(array: Tensor, new: Tensor, start: int) -> Tensor:
+    """A copy of `array` (B, S) with `new` (B, M) in the slots from `start` on."""
+    array = array.clone()
+    array[:, start : start + new.shape[1]] = new
+    return array
+
+
+def append(cache: LayerCache | None, k: Tensor, v: Tensor, start: int) -> LayerCache:
     """`cache` with k and v (B, T, K, H) in the slots from `start` on, written in place."""
+    if cache is None:
+        return LayerCache(k, v)
     end = start + k.shape[1]
     cache.keys[:, start:end] = k
     cache.values[:, start:end] = v
     return cache
 
 
-def filled(cache: LayerCache, num_slots: int) -> LayerCache:
-    """Views of the first `num_slots` slots: those that a query may see."""
-    return LayerCache(cache.keys[:, :num_slots], cache.values[:, :num_slots])
+def filled(array: Tensor, num_slots: int) -> Tensor:
+    """The first `num_slots` of (B, S, ...): the slots that a query may have to look at."""
+    return array[:, :num_slots]

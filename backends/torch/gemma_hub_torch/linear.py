@@ -30,12 +30,18 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """One row of `weight` (V, D) per id, drawn from normal(0, std)."""
+    """One row of `weight` (V, D) per id, drawn from normal(0, std).
 
-    def __init__(self, num_rows: int, size: int, *, std: float) -> None:
+    Looking up `padding_id` gives that row no gradient, as in Transformers.
+    """
+
+    def __init__(
+        self, num_rows: int, size: int, *, std: float, padding_id: int | None = None
+    ) -> None:
         super().__init__()
+        self.padding_id = padding_id
         self.weight = nn.Parameter(torch.empty(num_rows, size))
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight, self.padding_id)

@@ -1,7 +1,7 @@
 """Gemma in PyTorch, top to bottom. Twin: gemma_hub_flax/model.py, line for line.
 
 Parameter names and layouts are those of the Hugging Face checkpoint. What each cast is for:
-docs/explanation/numerics.md.
+docs/explanation/numerics.md. What the arguments of a call mean: calls.py.
 Axes: B batch, T tokens, S key slots, D width, N query heads, K key/value heads, H head size.
 """
 
@@ -10,11 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub.problem import problem_type
 from gemma_hub_torch.attention import attend, causal_mask, rope_angles, rotate
-from gemma_hub_torch.cache import LayerCache, append, filled
+from gemma_hub_torch.cache import KeyValueCache, LayerCache, append, filled
+from gemma_hub_torch.calls import (
+    check_labels,
+    finished_cache,
+    is_integer,
+    last_real_tokens,
+    prepare_call,
+)
+from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.linear import Embedding, Linear, linear
-
-Caches = tuple[LayerCache | None, ...]
+from gemma_hub_torch.losses import causal_loss, cross_entropy, sequence_loss
+from gemma_hub_torch.outputs import BaseModelOutput, HeadOutput
+from gemma_hub_torch.pretrained import Pretrained
+from gemma_hub_torch.remat import remat
 
 
 class RMSNorm(nn.Module):
@@ -42,6 +53,7 @@ class Attention(nn.Module):
         H, std, bias = config.head_dim, config.initializer_range, config.attention_bias
         self.head_dim = H
         self.scale = config.attention_scale
+        self.dropout = config.attention_dropout
         self.q_proj = Linear(D, N * H, std=std, bias=bias)
         self.k_proj = Linear(D, K * H, std=std, bias=bias)
         self.v_proj = Linear(D, K * H, std=std, bias=bias)
@@ -49,18 +61,18 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor, cache: LayerCache | None, start: int
-    ) -> tuple[Tensor, LayerCache | None]:
+    ) -> tuple[Tensor, Tensor, LayerCache]:
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)
         q = rotate(q, angles)
         k = rotate(k, angles)
-        if cache is not None:
-            cache = append(cache, k, v, start)
-            k, v = filled(cache, mask.shape[2])
-        out = attend(q, k, v, mask, self.scale)
-        return self.o_proj(out.reshape(B, T, -1)), cache
+        cache = append(cache, k, v, start)
+        k, v = filled(cache.keys, mask.shape[2]), filled(cache.values, mask.shape[2])
+        rate = self.dropout if self.training else 0.0
+        out, probs = attend(q, k, v, mask, self.scale, rate)
+        return self.o_proj(out.reshape(B, T, -1)), probs, cache
 
 
 class MLP(nn.Module):
@@ -91,59 +103,93 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor, cache: LayerCache | None, start: int
-    ) -> tuple[Tensor, LayerCache | None]:
-        out, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache, start)
+    ) -> tuple[Tensor, Tensor, LayerCache]:
+        out, probs, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache, start)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, cache
+        return x, probs, cache
 
 
-class GemmaModel(nn.Module):
-    """The decoder without a head."""
+class GemmaModel(Pretrained, nn.Module):
+    """The decoder without a head.
+
+    Attributes:
+        gradient_checkpointing: compute each layer's activations again in the backward pass
+            instead of keeping them.
+    """
+
+    task = "base"
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, std=config.initializer_range
+            config.vocab_size,
+            config.hidden_size,
+            std=config.initializer_range,
+            padding_id=config.pad_token_id,
         )
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config)
 
     def forward(
         self,
-        inputs: Tensor,
-        position_ids: Tensor,
-        valid: Tensor,
-        cache: Caches | None = None,
-        start: int = 0,
-    ) -> tuple[tuple[Tensor, ...], Caches]:
-        """Hidden states, num_layers + 1 entries with the final norm's last, and the cache.
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Hidden states of a batch.
 
         Args:
-            inputs: (B, T) ids, or (B, T, D) unscaled embeddings.
-            position_ids: (B, T) integers.
-            valid: (B, S) bool, the slots that hold real tokens; S = T without a cache.
-            cache: one `LayerCache` per layer; None without a cache.
-            start: slot of the first token.
+            input_ids: (B, T) ids.
+            attention_mask: (B, T), or (B, length of the cache + T); 0 at padding.
+            position_ids: (B, T); None counts each row's real tokens.
+            past_key_values: what an earlier call or `init_cache` returned; used up by this call.
+            inputs_embeds: (B, T, D) unscaled embeddings instead of `input_ids`.
+            use_cache: return `past_key_values`.
+            output_attentions: return each layer's attention weights.
+            output_hidden_states: return each layer's output.
+
+        Raises:
+            InputError: a wrong shape, type or id, or both or neither of the two inputs.
+            CapacityError: more tokens than the cache or the model has room for.
         """
-        x = self.embed_tokens(inputs) if inputs.ndim == 2 else inputs
-        scale = torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
-        x = x * scale
-        angles = rope_angles(position_ids, self.config)
-        mask = causal_mask(valid, start, x.shape[1])
-        hidden_states = [x]
-        new_cache = []
-        for layer, old in zip(self.layers, cache or (None,) * len(self.layers), strict=True):
-            x, new = layer(x, angles, mask, old, start)
+        call = prepare_call(
+            self.config, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+        )
+        x = call.inputs
+        if inputs_embeds is None:
+            x = self.embed_tokens(x)
+        x = x.to(self.embed_tokens.weight.dtype)
+        x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        angles = rope_angles(call.position_ids, self.config)
+        mask = causal_mask(call.visible, call.start, x.shape[1])
+        hidden_states, attentions, caches = [x], [], []
+        for layer, cache in zip(self.layers, call.layers, strict=True):
+            run = remat(layer) if self.gradient_checkpointing else layer
+            x, probs, cache = run(x, angles, mask, cache, call.start)
             hidden_states.append(x)
-            new_cache.append(new)
+            attentions.append(probs)
+            caches.append(cache)
         hidden_states[-1] = self.norm(x)
-        return tuple(hidden_states), tuple(new_cache)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states[-1],
+            past_key_values=finished_cache(call, caches) if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
 
 
-class GemmaForCausalLM(nn.Module):
+class GemmaForCausalLM(Pretrained, nn.Module):
     """The decoder with the head that scores the next token."""
+
+    task = "causal_lm"
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -156,21 +202,155 @@ class GemmaForCausalLM(nn.Module):
 
     def forward(
         self,
-        inputs: Tensor,
-        position_ids: Tensor,
-        valid: Tensor,
-        cache: Caches | None = None,
-        start: int = 0,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         logits_to_keep: int = 0,
-    ) -> tuple[Tensor, tuple[Tensor, ...], Caches]:
-        """Logits (B, T, V) in float32, hidden states and cache; arguments as in `GemmaModel`.
+        num_items_in_batch: int | None = None,
+    ) -> HeadOutput:
+        """Logits (B, T, V) of each next token.
 
-        `logits_to_keep` limits the logits to that many last positions; 0 means all.
+        Arguments are those of `GemmaModel`, and:
+
+        Args:
+            labels: (B, T) ids, not shifted; -100 does not count.
+            logits_to_keep: compute logits of this many last positions only; 0 for all.
+            num_items_in_batch: divide the loss by it instead of by the labels that count.
         """
-        hidden_states, cache = self.model(inputs, position_ids, valid, cache, start)
-        x = hidden_states[-1][:, -logits_to_keep:]
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        x = out.last_hidden_state[:, -logits_to_keep:]
         if self.config.tie_word_embeddings:
             logits = linear(x, self.model.embed_tokens.weight)
         else:
             logits = self.lm_head(x)
-        return logits.to(torch.float32), hidden_states, cache
+        logits = logits.to(torch.float32)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:2], self.config.vocab_size)
+            loss = causal_loss(logits, labels, num_items_in_batch)
+        return HeadOutput(loss, logits, *out[1:])
+
+
+class GemmaForSequenceClassification(Pretrained, nn.Module):
+    """The decoder with a head that scores labels of each row, from its last real token."""
+
+    task = "sequence_classification"
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = GemmaModel(config)
+        self.score = Linear(config.hidden_size, config.num_labels, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        pooled_positions: Tensor | None = None,
+    ) -> HeadOutput:
+        """Logits (B, num_labels).
+
+        Arguments are those of `GemmaModel`, and:
+
+        Args:
+            labels: (B,) integers, or numbers of the logits' shape, as the problem type asks for
+                (`gemma_hub.problem`).
+            pooled_positions: (B,) index of the token that stands for its row; None for the last
+                real one.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        x = out.last_hidden_state
+        B, T, _ = x.shape
+        if pooled_positions is None:
+            pooled_positions = last_real_tokens(self.config, input_ids, attention_mask, B, T)
+        logits = self.score(x[torch.arange(B, device=x.device), pooled_positions]).to(torch.float32)
+        loss = None
+        if labels is not None:
+            kind = problem_type(self.config, labels.shape, is_integer(labels))
+            loss = sequence_loss(kind, logits, labels)
+        return HeadOutput(loss, logits, *out[1:])
+
+
+class GemmaForTokenClassification(Pretrained, nn.Module):
+    """The decoder with a head that scores labels of each token."""
+
+    task = "token_classification"
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = GemmaModel(config)
+        self.dropout = config.classifier_dropout
+        self.score = Linear(
+            config.hidden_size, config.num_labels, std=config.initializer_range, bias=True
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KeyValueCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = True,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> HeadOutput:
+        """Logits (B, T, num_labels).
+
+        Arguments are those of `GemmaModel`, and:
+
+        Args:
+            labels: (B, T) integers; -100 does not count.
+            num_items_in_batch: divide the loss by it instead of by the labels that count.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        rate = self.dropout if self.training else 0.0
+        logits = self.score(dropout(out.last_hidden_state, rate)).to(torch.float32)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:2], self.config.num_labels)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
+        return HeadOutput(loss, logits, *out[1:])
