@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from gemma_hub.backend import BuildOptions, TaskSpec
 from gemma_hub.checkpoints import Checkpoint, open_checkpoint
-from gemma_hub.config import GemmaConfig
+from gemma_hub.config import CLASSIFICATIONS, GemmaConfig
+from gemma_hub.config_checks import resolved_labels
 from gemma_hub.errors import (
     CheckpointNotFoundError,
+    ConfigError,
     InputError,
     PluginError,
     UnsupportedFeature,
@@ -19,9 +21,15 @@ from gemma_hub.errors import (
 from gemma_hub.parameters import DTYPES
 from gemma_hub.plugins.registry import LoadedBackend, plugin_registry
 from gemma_hub.tasks.causal_lm import CausalLM
+from gemma_hub.tasks.embedding import BaseModel
+from gemma_hub.tasks.loaded_model import LoadedModel
+from gemma_hub.tasks.sequence_classification import SequenceClassifier
+from gemma_hub.tasks.token_classification import TokenClassifier
 from gemma_hub.tokenizers import GemmaTokenizer
 
-TASKS: dict[str, Callable[..., CausalLM]] = {"causal_lm": CausalLM}
+TASKS: dict[str, type[LoadedModel]] = {
+    kind.task: kind for kind in (CausalLM, BaseModel, SequenceClassifier, TokenClassifier)
+}
 """What a model can be loaded for, by name."""
 
 # What `save` puts beside the weights, where the source has it.
@@ -34,12 +42,76 @@ _PROMISES = {
     "forward": ("device", "forward", "native", "to_numpy"),
     "cache": ("extend", "init_cache"),
     "export": ("export",),
+    "gradients": ("loss_and_gradients",),
 }
 _REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Gemma:
     """The front door."""
+
+    @overload
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        task: Literal["causal_lm"] = "causal_lm",
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+    ) -> CausalLM: ...
+    @overload
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        *,
+        task: Literal["base"],
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+    ) -> BaseModel: ...
+    @overload
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        *,
+        task: Literal["sequence_classification"],
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        seed: int = 0,
+    ) -> SequenceClassifier: ...
+    @overload
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        *,
+        task: Literal["token_classification"],
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        seed: int = 0,
+    ) -> TokenClassifier: ...
+    @overload
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        backend: str | None = None,
+        task: str = "causal_lm",
+        dtype: str = "auto",
+        device: str = "auto",
+        allow_unknown: Sequence[str] = (),
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        seed: int = 0,
+    ) -> LoadedModel: ...
 
     @staticmethod
     def load(
@@ -49,47 +121,81 @@ class Gemma:
         dtype: str = "auto",
         device: str = "auto",
         allow_unknown: Sequence[str] = (),
-    ) -> CausalLM:
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        seed: int = 0,
+    ) -> LoadedModel:
         """A checkpoint, built on a backend.
 
         Args:
             source: a checkpoint folder, or the name of an installed checkpoint ("tiny").
             backend: its name, or "distribution:name"; None for the one that GEMMA_HUB_BACKEND
                 names, else as `PluginRegistry.load` chooses.
-            task: what to load it for: "causal_lm".
+            task: what to load it for: "causal_lm", "base", "sequence_classification" or
+                "token_classification".
             dtype: a key of `gemma_hub.parameters.DTYPES`; "auto" for the checkpoint's own.
             device: one of the backend's `devices()`, in its own words; "auto" for its default.
             allow_unknown: keys of config.json to ignore although nothing here knows them.
+            num_labels: number of labels of a classifier. Needed where the checkpoint has no head
+                for the task: it then gets a new one, and a `NewHeadWarning` says so.
+            id2label: {id: name} of every label, instead of the checkpoint's names; num_labels
+                follows from it.
+            seed: of a new head, which is the same for every backend.
+
+        Returns:
+            A CausalLM, BaseModel, SequenceClassifier or TokenClassifier.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
-            CheckpointError, ConfigError, TokenizerError: the checkpoint is damaged or unknown.
+            CheckpointError, ConfigError, TokenizerError: the checkpoint is damaged or unknown, or
+                has no head for the task and num_labels was not given.
             BackendNotFoundError, PluginError: there is no such backend, or it does not load.
-            UnsupportedFeature: the backend lacks the dtype or something that the config needs.
-            InputError: the task, the dtype or the device is no known name.
+            UnsupportedFeature: the backend lacks the task, the dtype or something that the config
+                needs.
+            InputError: the task, the dtype or the device is no known name, or the labels are wrong.
         """
-        _check_name("task", task, TASKS)
-        _check_name("dtype", dtype, ("auto", *DTYPES))
-        checkpoint = open_checkpoint(resolved(source), allow_unknown=tuple(allow_unknown))
+        check_name("task", task, TASKS)
+        check_name("dtype", dtype, ("auto", *DTYPES))
+        num_labels = _number_of_labels(task, num_labels, id2label)
+        checkpoint = open_checkpoint(
+            resolved(source), task, tuple(allow_unknown), num_labels=num_labels, seed=seed
+        )
+        config = checkpoint.config
+        if id2label is not None:
+            config = config.with_labels(num_labels, id2label)
         loaded = plugin_registry().load(backend)
         dtype = checkpoint.dtype if dtype == "auto" else dtype
-        _check_support(loaded, checkpoint.config, dtype)
+        _check_support(loaded, config, task, dtype)
         model = loaded.backend.build(
-            checkpoint.config,
-            TaskSpec(task),
-            checkpoint.weights,
-            BuildOptions(dtype=dtype, device=device),
+            config, TaskSpec(task), checkpoint.weights, BuildOptions(dtype=dtype, device=device)
         )
         _check_contract(loaded, model)
+        ends = {"eos_token_ids": checkpoint.eos_token_ids} if task == "causal_lm" else {}
         return TASKS[task](
             model,
-            checkpoint.config,
+            config,
             backend=loaded,
             dtype=dtype,
             tokenizer=_tokenizer(checkpoint),
-            eos_token_ids=checkpoint.eos_token_ids,
             files=[path for name in _COMPANIONS if (path := checkpoint.path / name).is_file()],
+            **ends,
         )
+
+
+def _number_of_labels(task: str, num_labels: int | None, id2label: Any) -> int | None:
+    """`num_labels`, or the number of names in `id2label`.
+
+    Raises:
+        InputError: the task has no labels, or the two contradict one another.
+    """
+    if id2label is None:
+        return num_labels
+    if task not in CLASSIFICATIONS:
+        raise InputError(f"id2label was given and the task {task!r} has no labels. Leave it out.")
+    try:
+        return len(resolved_labels(num_labels, id2label))
+    except ConfigError as error:
+        raise InputError(str(error)) from error
 
 
 def _tokenizer(checkpoint: Checkpoint) -> GemmaTokenizer | None:
@@ -118,7 +224,8 @@ def resolved(source: str | os.PathLike[str]) -> Path:
         raise CheckpointNotFoundError(f"{error} There is no folder of that name either.") from None
 
 
-def _check_name(what: str, name: Any, known: Sequence[str] | dict[str, Any]) -> None:
+def check_name(what: str, name: Any, known: Collection[str]) -> None:
+    """Raise an InputError unless `name` is one of `known`."""
     if not isinstance(name, str) or name not in known:
         hint = nearest(str(name), known)
         raise InputError(
@@ -126,7 +233,10 @@ def _check_name(what: str, name: Any, known: Sequence[str] | dict[str, Any]) -> 
         )
 
 
-def _check_support(loaded: LoadedBackend, config: GemmaConfig, dtype: str) -> None:
+def _check_support(loaded: LoadedBackend, config: GemmaConfig, task: str, dtype: str) -> None:
+    if task not in loaded.spec.tasks:
+        known = ", ".join(loaded.spec.tasks)
+        raise UnsupportedFeature(f"task:{task}", loaded.name, f"It has the tasks {known}.")
     for feature in config.required_features:
         if feature not in loaded.spec.features:
             raise UnsupportedFeature(

@@ -79,6 +79,21 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """How probable one text is.
+
+    Attributes:
+        token_ids: its tokens, without the <bos> that was put before them.
+        logprobs: natural-log probability of each of them, given those before it.
+        total: their sum, the text's own; 0 for an empty text.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
 class TextPiece:
     """One step of a stream.
 

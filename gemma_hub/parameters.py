@@ -77,6 +77,11 @@ def parameter_shapes(config: GemmaConfig, task: str = "causal_lm") -> dict[str, 
     }
 
 
+def number_of_parameters(config: GemmaConfig, task: str = "causal_lm") -> int:
+    """Number of values in `parameter_shapes`; a tied head counts once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config, task).values())
+
+
 def shape_origin(config: GemmaConfig, name: str, task: str = "causal_lm") -> str:
     """The fields of `config` that the shape of one parameter comes from, with their values."""
     letters = dict.fromkeys("".join(_parameter_axes(config, task)[name]))

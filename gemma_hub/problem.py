@@ -52,6 +52,14 @@ def problem_type(
     return kind
 
 
+def meaning_of_logits(config: GemmaConfig) -> ProblemType:
+    """What logits stand for where there are no labels: the config's problem type, else a choice.
+
+    One label is a regression here too.
+    """
+    return _stated_or_meant(config, labels_are_integers=True)
+
+
 def _stated_or_meant(config: GemmaConfig, labels_are_integers: bool) -> ProblemType:
     if config.problem_type is not None:
         return config.problem_type  # type: ignore[return-value]  # the config checked it

@@ -2,81 +2,54 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from gemma_hub.backend import Model, SupportsExport
-from gemma_hub.checkpoints import save_checkpoint
+from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import InputError, TokenizerError, UnsupportedFeature
+from gemma_hub.errors import InputError
 from gemma_hub.generation.loop import GeneratedIds, NewToken, generate_ids, stream_ids
+from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
-from gemma_hub.inputs import ModelInputs
-from gemma_hub.outputs import Generation, ModelOutputs, TextPiece
-from gemma_hub.plugins.registry import LoadedBackend
+from gemma_hub.outputs import Generation, ModelOutputs, Score, TextPiece
+from gemma_hub.tasks.loaded_model import BATCH_SIZE, LoadedModel
 from gemma_hub.tokenizers import IncrementalDecoder, Tokenizer
 
 END_OF_TURN = "<end_of_turn>"
 
 
-class CausalLM:
+class CausalLM(LoadedModel):
     """A Gemma that continues texts. `gemma_hub.Gemma.load` makes one.
 
+    Attributes are those of `LoadedModel`, and:
+
     Attributes:
-        model: the framework's own module (torch.nn.Module, flax.nnx.Module).
-        contract: the backend's `gemma_hub.backend.Model` around it, for work with a cache.
-        config: the model's hyper-parameters.
-        tokenizer: None where the checkpoint has none; then prompts are ids and texts are empty.
-        backend: name, distribution and version of what runs it.
-        dtype: compute and storage type, a key of `gemma_hub.parameters.DTYPES`.
         eos_token_ids: ids that end a generation unless the call says otherwise.
     """
+
+    task = "causal_lm"
 
     def __init__(
         self,
         contract: Model,
         config: GemmaConfig,
         *,
-        backend: LoadedBackend,
-        dtype: str,
-        tokenizer: Tokenizer | None = None,
         eos_token_ids: Iterable[int] | None = None,
-        files: Iterable[Path] = (),
+        **loaded: Any,
     ) -> None:
         """A task over a model that is built already.
 
         Args:
             contract: what the backend's `build` returned.
             config: the model's.
-            backend: what built it.
-            dtype: what it was built in.
-            tokenizer: of the same checkpoint, if it has one.
             eos_token_ids: the checkpoint's; those of `config` if None. The id of <end_of_turn> is
                 added where the tokenizer has it as a special token.
-            files: files that `save` puts beside the weights, such as tokenizer.model.
+            **loaded: the other arguments of `LoadedModel`.
         """
-        self.contract = contract
-        self.model = contract.native
-        self.config = config
-        self.backend = backend
-        self.dtype = dtype
-        self.tokenizer = tokenizer
+        super().__init__(contract, config, **loaded)
         own = config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
-        self.eos_token_ids = tuple(dict.fromkeys(own + _end_of_turn(tokenizer)))
-        self._files = tuple(files)
-
-    @property
-    def device(self) -> str:
-        """Where the model is, in the framework's words."""
-        return self.contract.device
-
-    def __repr__(self) -> str:
-        return (
-            f"CausalLM(backend={self.backend.name!r}, dtype={self.dtype!r}, "
-            f"device={self.device!r}, parameters={self.config.num_parameters:_})"
-        )
+        self.eos_token_ids = tuple(dict.fromkeys(own + _end_of_turn(self.tokenizer)))
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -147,6 +120,34 @@ class CausalLM:
         decoder = IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
         return _pieces(tokens, decoder)
 
+    # -- probabilities -------------------------------------------------------------------------
+
+    def score(self, texts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> list[Score]:
+        """The log-probability of each token of each text, given those before it.
+
+        Args:
+            texts: several texts; <bos> is put before each, so that the first token has one too.
+            batch_size: texts that run at once.
+
+        Raises:
+            InputError: an argument is wrong.
+            CapacityError: a text is longer than the model's positions.
+            TokenizerError: the checkpoint has no tokenizer.
+        """
+        rows = self._encoded(texts)
+        scores: dict[int, Score] = {}
+        for places, _, outputs in self._batches(rows, batch_size):
+            for place, logits in zip(places, outputs.logits, strict=True):
+                following = np.asarray(rows[place][1:], np.int64)
+                # Row by row, because float64 copies of a whole batch would be large.
+                logprobs = log_probabilities(logits[: len(following)], following)
+                scores[place] = Score(
+                    token_ids=tuple(following.tolist()),
+                    logprobs=tuple(logprobs.tolist()),
+                    total=float(logprobs.sum()),
+                )
+        return [scores[place] for place in range(len(rows))]
+
     # -- the model itself ----------------------------------------------------------------------
 
     def forward(
@@ -156,44 +157,27 @@ class CausalLM:
         position_ids: Any = None,
         inputs_embeds: Any = None,
         *,
+        labels: Any = None,
+        num_items_in_batch: int | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         logits_to_keep: int = 0,
     ) -> ModelOutputs:
-        """Logits of whole sequences; arguments and errors of `ModelInputs.prepare`.
+        """Logits of whole sequences, and the loss where labels are given; see `LoadedModel`.
 
-        Returns:
-            The backend's own arrays; `.to_numpy()` gives the same record in NumPy.
+        `logits_to_keep` gives those of the last positions only.
         """
-        if inputs_embeds is not None and "inputs_embeds" not in self.backend.spec.features:
-            raise UnsupportedFeature("inputs_embeds", self.backend.name, "Give input_ids.")
-        inputs = ModelInputs.prepare(
-            self.config,
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
+        return self._forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            num_items_in_batch=num_items_in_batch,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
         )
-        return self.contract.forward(inputs)
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a checkpoint folder in the Hugging Face layout, tokenizer files included.
-
-        Args:
-            path: the folder to make.
-            overwrite: replace a checkpoint that is there already.
-
-        Raises:
-            UnsupportedFeature: the backend cannot give its parameters back.
-            CheckpointError: there is something at `path`, or it cannot be written.
-        """
-        if not isinstance(self.contract, SupportsExport):
-            raise UnsupportedFeature(
-                "export", self.backend.name, "Load the checkpoint with another backend to save it."
-            )
-        weights = self.contract.export()
-        save_checkpoint(path, self.config, weights, files=self._files, overwrite=overwrite)
 
     # -- arguments and results -----------------------------------------------------------------
 
@@ -224,14 +208,6 @@ class CausalLM:
                     "input_ids=[[...], ...]."
                 )
         return [tokenizer.encode(text) for text in texts]
-
-    def _needed_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "This checkpoint has no tokenizer, so it cannot read a text. Give "
-                "input_ids=[[...], ...], or put its tokenizer.model into the folder."
-            )
-        return self.tokenizer
 
     def _generation(self, prompt: list[int], result: GeneratedIds, seed: int | None) -> Generation:
         text = ""

@@ -46,6 +46,16 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True, allow_special: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids that `encode` gives, and the span (start, end) of `text` that each comes from.
+
+        Spans count characters (code points), so that `text[start:end]` is the token's text. The
+        tokens of one character's bytes all have that character's span, and <bos> has (0, 0).
+        """
+        ...
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; special tokens as they are spelled, or left out.
 

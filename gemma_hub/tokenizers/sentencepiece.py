@@ -126,15 +126,54 @@ class GemmaTokenizer:
         `special_token_ids` comes out, and decoding gives back exactly `text`, also where it holds
         "▁", which otherwise is one with the space.
         """
-        _check_text(text)
-        parts = self._with_specials(text) if allow_special else self._plain(text)
         ids = [self.bos_token_id] if add_special_tokens else []
-        for part in parts:
+        for part in self._parts(text, allow_special):
             if isinstance(part, int):
                 ids.append(part)
             elif part:
                 ids += self._processor.encode(part)
         return ids
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True, allow_special: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, and where in it each comes from; see `Tokenizer.encode_with_offsets`.
+
+        Raises:
+            TokenizerError: as `encode`; or the vocabulary changes the text, so that its tokens
+                have no place in it.
+        """
+        ids, spans = ([self.bos_token_id], [(0, 0)]) if add_special_tokens else ([], [])
+        place, used = 0, 0  # a character of `text`, and how many of its bytes have a token already
+        for token_id, piece in self._pieces(text, allow_special):
+            is_byte = token_id in self._bytes
+            end = place + (1 if is_byte else len(piece))
+            surface = text[place:end]
+            if not surface or (not is_byte and piece != surface.replace(" ", SPACE)):
+                raise TokenizerError(
+                    f"The token {piece!r} is not in the text at {place}, where {surface!r} is: "
+                    "this vocabulary changes texts, which Gemma's does not. Use encode."
+                )
+            ids.append(token_id)
+            spans.append((place, end))
+            used = used + 1 if is_byte else 0
+            if not is_byte or used == len(surface.encode("utf-8")):
+                place, used = end, 0
+        return ids, spans
+
+    def _pieces(self, text: str, allow_special: bool) -> Iterator[tuple[int, str]]:
+        """(id, piece) of each token; the piece of unknown text is that text."""
+        for part in self._parts(text, allow_special):
+            if isinstance(part, int):
+                yield part, self.id_to_token(part)
+            elif part:
+                pieces = self._processor.encode(part, out_type=str)
+                yield from zip(self._processor.encode(part), pieces, strict=True)
+
+    def _parts(self, text: str, allow_special: bool) -> Iterator[str | int]:
+        """Ids that are settled, and the texts between them."""
+        _check_text(text)
+        return self._with_specials(text) if allow_special else self._plain(text)
 
     def _with_specials(self, text: str) -> Iterator[str | int]:
         """`text` in parts: special tokens as ids, and the text between them."""
