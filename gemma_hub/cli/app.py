@@ -11,12 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from gemma_hub.cli.backends import backends
+from gemma_hub.cli.classify import classify
 from gemma_hub.cli.console import say_error
 from gemma_hub.cli.doctor import doctor
 from gemma_hub.cli.extensions import CommandGroup
 from gemma_hub.cli.generate import generate
 from gemma_hub.cli.inspect import inspect
 from gemma_hub.cli.parity import parity
+from gemma_hub.cli.score import score
+from gemma_hub.cli.tag import tag
 from gemma_hub.errors import GemmaHubError
 
 INTERRUPTED = 130
@@ -46,7 +49,7 @@ app = typer.Typer(
 )
 _Group.core = app
 
-for _command in (generate, parity, backends, doctor, inspect):
+for _command in (generate, score, classify, tag, parity, backends, doctor, inspect):
     app.command()(_command)
 
 

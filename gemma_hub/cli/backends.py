@@ -41,7 +41,7 @@ def backends(
 
 def backend_table(infos: "tuple[BackendInfo, ...]") -> Table:
     """One row per backend."""
-    columns = ("backend", "state", "distribution", "version", "features", "types")
+    columns = ("backend", "state", "distribution", "version", "tasks", "features", "types")
     listed = table(*columns)
     for info in infos:
         listed.add_row(
@@ -49,6 +49,7 @@ def backend_table(infos: "tuple[BackendInfo, ...]") -> Table:
             Text(info.state, _STYLES.get(info.state, "bold red")),
             info.distribution,
             info.version,
+            ", ".join(info.spec.tasks) if info.spec else "",
             ", ".join(sorted(info.spec.features)) if info.spec else "",
             ", ".join(info.spec.dtypes) if info.spec else "",
         )

@@ -36,6 +36,7 @@ def inspect(
 def _print(description: "Description", tensors: bool) -> None:
     console = out()
     facts = table("config", "")
+    facts.add_row("task", description.task)
     facts.add_row("parameters", f"{description.num_parameters:,}")
     facts.add_row("type", description.dtype or "unknown")
     facts.add_row("tensors", str(len(description.tensors)))
