@@ -1,12 +1,11 @@
 """The backend "numpy": the contract of gemma_hub around `Reference` and `Witness`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from gemma_hub.backend import BuildOptions, Cache, TaskSpec
-from gemma_hub.config import GemmaConfig
+from gemma_hub.config import ARCHITECTURES, GemmaConfig
 from gemma_hub.errors import CheckpointError, InputError, UnsupportedFeature, first_ten, nearest
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
@@ -30,7 +29,7 @@ class NumpyBackend:
 
         Args:
             config: the model's configuration.
-            task: "causal_lm".
+            task: any that `gemma_hub.config.ARCHITECTURES` names.
             weights: the parameters; must stay readable as long as the model is used.
             options: dtype "float64" gives `Reference`; "float32", "bfloat16" and "float16" give
                 `Witness`, with extra={"witness": seed}, seed 0 if not given.
@@ -40,17 +39,18 @@ class NumpyBackend:
             InputError: a device, a dtype or an extra option that there is not.
             CheckpointError: parameters are missing or have the wrong shape.
         """
-        if task.name != "causal_lm":
-            raise UnsupportedFeature(task.name, NAME, "It builds the task 'causal_lm'.")
+        if task.name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UnsupportedFeature(task.name, NAME, f"The tasks that it has: {known}.")
         if config.use_qk_norm:
             raise UnsupportedFeature("qk_norm", NAME, "Use a backend that lists it.")
         _check_options(options)
-        _check_weights(config, weights)
-        held = CastWeights(config, weights, options.dtype)
+        _check_weights(config, task.name, weights)
+        held = CastWeights(config, weights, options.dtype, task.name)
         if options.dtype == "float64":
-            return NumpyModel(Reference(config, held))
+            return NumpyModel(Reference(config, held, task.name))
         seed = options.extra.get("witness", 0)
-        return NumpyModel(Witness(config, held, options.dtype, seed))
+        return NumpyModel(Witness(config, held, options.dtype, seed, task.name))
 
 
 class NumpyModel:
@@ -83,25 +83,35 @@ class NumpyModel:
         """`array`, with bfloat16 and float16 as float32; float64 stays float64."""
         return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
 
+    def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss, and the gradient of each parameter in the type and the shape of it."""
+        kind = DTYPES[self.native.dtype]
+        loss, gradients = self.native.loss_and_gradients(inputs)
+        return loss, {name: value.astype(kind, copy=False) for name, value in gradients.items()}
+
     def _typed(self, outputs: ModelOutputs) -> ModelOutputs:
-        """Outputs in the types of the contract; the reference keeps its logits in float64."""
-        if self.native.dtype == "float64":
-            return replace(outputs, as_numpy=self.to_numpy)
-        states = outputs.hidden_states
+        """Outputs in the types of the contract; the reference keeps all of them in float64."""
+        exact = self.native.dtype == "float64"
+        single = DTYPES["float64" if exact else "float32"]
         kind = DTYPES[self.native.dtype]
         return ModelOutputs(
-            outputs.logits.astype(np.float32),
-            None if states is None else tuple(state.astype(kind) for state in states),
-            self.to_numpy,
+            logits=_cast(outputs.logits, single),
+            hidden_states=_cast_all(outputs.hidden_states, kind),
+            as_numpy=self.to_numpy,
+            loss=_cast(outputs.loss, single),
+            attentions=_cast_all(outputs.attentions, kind),
+            last_hidden_state=_cast(outputs.last_hidden_state, kind),
         )
 
 
 class CastWeights:
     """Another `Weights`, each tensor cast to one type when it is read: no copy of the model."""
 
-    def __init__(self, config: GemmaConfig, weights: Weights, dtype: str) -> None:
+    def __init__(
+        self, config: GemmaConfig, weights: Weights, dtype: str, task: str = "causal_lm"
+    ) -> None:
         self._weights = weights
-        self._shapes = parameter_shapes(config)
+        self._shapes = parameter_shapes(config, task)
         self._dtype = dtype
 
     def names(self) -> tuple[str, ...]:
@@ -117,6 +127,16 @@ class CastWeights:
 
     def read(self, name: str, index: Index = None) -> np.ndarray:
         return self._weights.read(name, index).astype(DTYPES[self._dtype], copy=False)
+
+
+def _cast(array: np.ndarray | None, kind: np.dtype) -> np.ndarray | None:
+    return None if array is None else array.astype(kind, copy=False)
+
+
+def _cast_all(
+    arrays: tuple[np.ndarray, ...] | None, kind: np.dtype
+) -> tuple[np.ndarray, ...] | None:
+    return None if arrays is None else tuple(array.astype(kind, copy=False) for array in arrays)
 
 
 def _check_options(options: BuildOptions) -> None:
@@ -143,9 +163,9 @@ def _check_options(options: BuildOptions) -> None:
             )
 
 
-def _check_weights(config: GemmaConfig, weights: Weights) -> None:
+def _check_weights(config: GemmaConfig, task: str, weights: Weights) -> None:
     names = set(weights.names())
-    expected = parameter_shapes(config)
+    expected = parameter_shapes(config, task)
     missing = expected.keys() - names
     misshapen = [
         f"{name} {weights.shape(name)} instead of {shape}"

@@ -11,7 +11,18 @@ def gemma_hub_backends() -> list[BackendSpec]:
             name="numpy",
             api_version="1.0",
             factory="gemma_hub_numpy.backend:NumpyBackend",
-            features=frozenset({"cache", "export", "inputs_embeds", "sliding_window", "softcap"}),
+            features=frozenset(
+                {
+                    "attentions",
+                    "cache",
+                    "export",
+                    "gradients",
+                    "inputs_embeds",
+                    "sliding_window",
+                    "softcap",
+                }
+            ),
+            tasks=("base", "causal_lm", "sequence_classification", "token_classification"),
             dtypes=("float64", "float32", "bfloat16", "float16"),
             requires=("numpy>=1.26", "ml_dtypes>=0.4"),
             summary="NumPy in float64: the reference, slow and exact",

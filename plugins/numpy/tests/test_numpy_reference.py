@@ -143,8 +143,8 @@ def test_a_large_model_is_read_part_by_part(config, weights, ids, monkeypatch):
     counting = CountingWeights({name: weights.read(name) for name in weights.names()})
     inputs = ModelInputs.prepare(config, ids)
     expected = Reference(config, weights).run(inputs).logits
-    monkeypatch.setattr("gemma_hub_numpy.model._KEEP_BYTES", 0)
-    monkeypatch.setattr("gemma_hub_numpy.model._VOCABULARY_BLOCK", 50)
+    monkeypatch.setattr("gemma_hub_numpy.arithmetic._KEEP_BYTES", 0)
+    monkeypatch.setattr("gemma_hub_numpy.heads._VOCABULARY_BLOCK", 50)
     model = Reference(config, counting)
     for _ in range(2):
         np.testing.assert_allclose(model.run(inputs).logits, expected, rtol=0, atol=1e-13)
