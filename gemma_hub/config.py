@@ -398,12 +398,16 @@ def _resolve_legacy(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resolve_labels(values: dict[str, Any]) -> None:
     """Turn label2id into id2label where that is not there, and check it where it is."""
+    if _states_nothing(values.get("id2label")):
+        values["id2label"] = None
     label2id = values.pop("label2id", None)
-    if label2id is None:
+    if _states_nothing(label2id):
         return
-    if values.get("id2label") is None and isinstance(label2id, Mapping):
+    if not isinstance(label2id, Mapping):
+        raise ConfigError(f"label2id is {label2id!r}; expected an object {{name: id}}, or null.")
+    if values["id2label"] is None:
         values["id2label"] = {i: name for name, i in label2id.items()}
-    check_label2id(label2id, resolved_labels(values.get("num_labels"), values.get("id2label")))
+    check_label2id(label2id, resolved_labels(values.get("num_labels"), values["id2label"]))
 
 
 # Written to config.json only where a model has them: first-generation readers do not know them.

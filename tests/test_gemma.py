@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from gemma_hub.errors import (
     CheckpointNotFoundError,
     ConfigError,
     InputError,
+    NewHeadWarning,
     PluginError,
     UnsupportedFeature,
 )
@@ -256,6 +258,7 @@ def test_a_feature_that_the_backend_lacks(install, checkpoint, tmp_path):
         (SimpleNamespace(forward=id), (), "lacks device, native, to_numpy"),
         ("uncached", {"cache"}, "lacks extend, init_cache, which 'cache' needs"),
         ("uncached", {"export"}, "lacks export, which 'export' needs"),
+        ("uncached", {"gradients"}, "lacks loss_and_gradients, which 'gradients' needs"),
     ],
 )
 def test_a_model_that_breaks_its_promise_is_its_distributions_fault(
@@ -270,6 +273,78 @@ def test_a_model_that_breaks_its_promise_is_its_distributions_fault(
 def test_a_backend_with_forward_alone_is_enough(install, checkpoint, uncached_model):
     install(make=type(uncached_model), features=frozenset())
     assert gemma_hub.Gemma.load(checkpoint).generate("the king", max_new_tokens=3).token_ids
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+EVERY_TASK = ("causal_lm", "base", "sequence_classification", "token_classification")
+
+
+@pytest.mark.parametrize("task", EVERY_TASK)
+def test_every_task_has_a_class_of_its_own(install, checkpoint, task):
+    backend = install(tasks=EVERY_TASK)
+    options = {"num_labels": 3} if task.endswith("classification") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewHeadWarning)
+        model = gemma_hub.Gemma.load(checkpoint, task=task, **options)
+    assert type(model) is gemma.TASKS[task]
+    assert model.task == task
+    ((config, spec, weights, _),) = backend.built
+    assert (spec.name, config) == (task, model.config)
+    assert weights.names() == tuple(parameter_shapes(config, task))
+
+
+@pytest.mark.parametrize("task", EVERY_TASK)
+def test_a_task_that_the_backend_lacks(install, checkpoint, task):
+    backend = install(tasks=tuple(other for other in EVERY_TASK if other != task))
+    options = {"num_labels": 3} if task.endswith("classification") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewHeadWarning)
+        with pytest.raises(UnsupportedFeature, match=f"'fake' does not support 'task:{task}'"):
+            gemma_hub.Gemma.load(checkpoint, task=task, **options)
+    assert backend.built == []
+
+
+def test_a_new_head_is_announced_where_it_was_asked_for(install, checkpoint, tmp_path):
+    backend = install(tasks=EVERY_TASK)
+    names = {0: "yes", 1: "no", 2: "perhaps"}
+    with pytest.warns(NewHeadWarning, match="num_labels=3") as said:
+        model = gemma_hub.Gemma.load(
+            checkpoint, task="sequence_classification", id2label=names, seed=5
+        )
+    assert [warning.filename for warning in said] == [__file__]
+    assert model.config.id2label == names
+    head = backend.built[0][2].read("score.weight")
+    with pytest.warns(NewHeadWarning):
+        expected = open_checkpoint(checkpoint, "sequence_classification", num_labels=3, seed=5)
+    assert head.tobytes() == expected.weights.read("score.weight").tobytes()
+    model.save(tmp_path / "saved")
+    again = gemma_hub.Gemma.load(tmp_path / "saved", task="sequence_classification")
+    assert again.config.id2label == names
+    assert backend.built[1][2].read("score.weight").tobytes() == head.tobytes()
+    other = {0: "a", 1: "b", 2: "c"}
+    renamed = gemma_hub.Gemma.load(
+        tmp_path / "saved", task="sequence_classification", id2label=other
+    )
+    assert renamed.config.id2label == other
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({}, CheckpointError, "Pass num_labels"),
+        ({"num_labels": 2, "id2label": {0: "a", 1: "b", 2: "c"}}, InputError, "names 3 labels"),
+        ({"id2label": {1: "a"}}, InputError, "id2label has the id 1"),
+        ({"num_labels": -1}, InputError, "num_labels is -1"),
+        ({"task": "base", "id2label": {0: "a"}}, InputError, "task 'base' has no labels"),
+        ({"task": "causal_lm", "num_labels": 2}, InputError, "'causal_lm' has no labels"),
+    ],
+)
+def test_labels_that_are_missing_or_wrong(install, checkpoint, options, error, words):
+    backend = install(tasks=EVERY_TASK)
+    with pytest.raises(error, match=words):
+        gemma_hub.Gemma.load(checkpoint, **({"task": "token_classification"} | options))
+    assert backend.built == []
 
 
 # -- saving ----------------------------------------------------------------------------------------

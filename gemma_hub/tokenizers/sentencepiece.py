@@ -150,15 +150,14 @@ class GemmaTokenizer:
             end = place + (1 if is_byte else len(piece))
             surface = text[place:end]
             if not surface or (not is_byte and piece != surface.replace(" ", SPACE)):
-                raise TokenizerError(
-                    f"The token {piece!r} is not in the text at {place}, where {surface!r} is: "
-                    "this vocabulary changes texts, which Gemma's does not. Use encode."
-                )
+                raise _changed(f"The token {piece!r} is not in the text at {place}: {surface!r} is")
             ids.append(token_id)
             spans.append((place, end))
             used = used + 1 if is_byte else 0
             if not is_byte or used == len(surface.encode("utf-8")):
                 place, used = end, 0
+        if place != len(text):
+            raise _changed(f"No token spells the text from {place} on, {text[place:]!r}")
         return ids, spans
 
     def _pieces(self, text: str, allow_special: bool) -> Iterator[tuple[int, str]]:
@@ -246,6 +245,12 @@ def _is_special(text: str, kind: PieceType) -> bool:
     if kind == PieceType.USER_DEFINED:
         return bool(_MARK.fullmatch(text)) and not _HTML.fullmatch(text)
     return kind in (PieceType.CONTROL, PieceType.UNKNOWN)
+
+
+def _changed(fault: str) -> TokenizerError:
+    return TokenizerError(
+        f"{fault}. This vocabulary changes texts, which Gemma's does not. Use encode."
+    )
 
 
 def _check_text(text: str) -> None:
