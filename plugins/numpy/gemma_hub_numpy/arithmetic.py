@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub.parameters import Weights, parameter_shapes
+from gemma_hub.parameters import Weights, number_of_parameters, parameter_shapes
 
 Array = np.ndarray
 
@@ -38,7 +38,7 @@ class Arithmetic:
         self.weights = weights
         self.task = task
         self.shapes = parameter_shapes(config, task)
-        self._small = config.num_parameters * 8 <= _KEEP_BYTES
+        self._small = number_of_parameters(config, task) * 8 <= _KEEP_BYTES
         self._read: dict[str, Array] = {}
         self._tape: dict[str, Array] | None = None
 

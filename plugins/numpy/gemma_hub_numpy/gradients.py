@@ -16,7 +16,7 @@ import numpy as np
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.labels import IGNORED
 from gemma_hub_numpy.arithmetic import Array
-from gemma_hub_numpy.heads import Heads
+from gemma_hub_numpy.heads import Heads, pooled_positions_of
 from gemma_hub_numpy.losses import Losses, labels_of
 
 Gradients = dict[str, Array]
@@ -107,8 +107,7 @@ class Backward(Heads, Losses):
         if self.task == "causal_lm":
             return self.head_backward(d, x, tape["logits"], into)
         if self.task == "sequence_classification":
-            assert inputs.pooled_positions is not None
-            d = self.pool_backward(d, inputs.pooled_positions, x.shape[1])
+            d = self.pool_backward(d, pooled_positions_of(inputs), x.shape[1])
         return self.linear_backward(self.store(d), x, "score", into)
 
     def head_backward(self, d: Array, x: Array, logits: Array, into: Gradients) -> Array:

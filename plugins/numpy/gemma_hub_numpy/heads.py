@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gemma_hub.errors import InputError
 from gemma_hub.inputs import ModelInputs
 from gemma_hub_numpy.arithmetic import Array
 from gemma_hub_numpy.layers import Layers
@@ -22,8 +23,7 @@ class Heads(Layers):
             return self.head(x[:, -inputs.logits_to_keep :])
         if self.task == "token_classification":
             return self.score_head(x)
-        assert inputs.pooled_positions is not None, "prepare(task=...) gives them"
-        return self.pool(self.score_head(x), inputs.pooled_positions)
+        return self.pool(self.score_head(x), pooled_positions_of(inputs))
 
     def head(self, x: Array) -> Array:
         """(B, T, D), normed, to (B, T, V) logits."""
@@ -48,3 +48,13 @@ class Heads(Layers):
     def pool(self, x: Array, pooled_positions: Array) -> Array:
         """(B, T, C) to (B, C): of each row the token that stands for it."""
         return np.asarray(x[np.arange(len(x)), pooled_positions])
+
+
+def pooled_positions_of(inputs: ModelInputs) -> Array:
+    """The pooled positions, or an InputError if the inputs were prepared for another task."""
+    if inputs.pooled_positions is None:
+        raise InputError(
+            "The inputs have no pooled_positions: they were prepared for another task. Give "
+            "task='sequence_classification' to ModelInputs.prepare."
+        )
+    return inputs.pooled_positions

@@ -1,11 +1,4 @@
-"""The reference against Hugging Face transformers, in float64.
-
-Transformers computes RMSNorm, RoPE and softmax in float32 even in a float64 model, so as it is it
-can confirm the reference to 1e-7 only. `double_precision` turns exactly these upcasts into float64:
-inside the modules that hold Gemma, the names `torch.float` and `torch.float32` mean float64, and
-`Tensor.float()` is `Tensor.double()`. No formula is touched, and a test below shows that the
-unchanged transformers agrees with the changed one up to float32 rounding.
-"""
+"""The reference against Hugging Face transformers, in float64: see `double_precision`."""
 
 import numpy as np
 import pytest
@@ -15,60 +8,11 @@ from gemma_hub_numpy.model import Reference
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-modeling_gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma")
-modeling_gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
-modeling_rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
-
-
-class TorchWithoutFloat32:
-    """The module torch, with float64 under the names of float32."""
-
-    float = torch.float64
-    float32 = torch.float64
-
-    def __getattr__(self, name):
-        return getattr(torch, name)
-
-
-@pytest.fixture
-def double_precision(monkeypatch):
-    for module in (modeling_gemma, modeling_gemma2, modeling_rope_utils):
-        monkeypatch.setattr(module, "torch", TorchWithoutFloat32())
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # the embedding scale is a buffer of the default type
-    yield
-    torch.set_default_dtype(before)
-
-
-def transformers_gemma(config, weights):
-    """Transformers' own model of `config` in float64 with `weights`."""
-    raw = config.to_dict()
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
-    for key in ("architectures", "model_type", "rope_theta", "rope_scaling", "torch_dtype"):
-        raw.pop(key)
-    hf_config = transformers.GemmaConfig(**raw, rope_parameters=rope, attn_implementation="eager")
-    model = transformers.GemmaForCausalLM(hf_config).to(torch.float64).eval()
-    state = {name: torch.tensor(weights.read(name)).double() for name in weights.names()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    return model
-
-
-def run_transformers(model, inputs):
-    with torch.no_grad():
-        return model(
-            torch.tensor(inputs.input_ids.astype(np.int64)),
-            attention_mask=torch.tensor(inputs.attention_mask.astype(np.int64)),
-            position_ids=torch.tensor(inputs.position_ids.astype(np.int64)),
-            output_hidden_states=True,
-        )
 
 
 def assert_equal(actual, expected, real, tolerance=1e-12):
     """Every real token's vector equal within `tolerance`, relative to its length."""
-    actual, expected = actual[real], expected.numpy()[real]
+    actual, expected = actual[real], expected.detach().numpy()[real]
     error = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert error.max() <= tolerance
 
@@ -93,11 +37,13 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.usefixtures("double_precision")
-def test_logits_and_every_hidden_state(changes, make_config, make_weights, ids, ragged_mask):
+def test_logits_and_every_hidden_state(
+    changes, make_config, make_weights, make_transformers, run_transformers, ids, ragged_mask
+):
     config = make_config(**changes)
     weights = make_weights(config)
     inputs = ModelInputs.prepare(config, ids, ragged_mask, output_hidden_states=True)
-    expected = run_transformers(transformers_gemma(config, weights), inputs)
+    expected = run_transformers(make_transformers(config, weights), inputs)
     actual = Reference(config, weights).run(inputs)
     assert_equal(actual.logits, expected.logits, inputs.attention_mask)
     assert len(actual.hidden_states) == len(expected.hidden_states) == 4
@@ -107,10 +53,10 @@ def test_logits_and_every_hidden_state(changes, make_config, make_weights, ids, 
 
 @pytest.mark.parametrize("first", [250, 4001, 8192 - 23])
 @pytest.mark.usefixtures("double_precision")
-def test_late_positions(first, config, weights, ids):
+def test_late_positions(first, config, weights, make_transformers, run_transformers, ids):
     positions = np.arange(first, first + 23)[None]
     inputs = ModelInputs.prepare(config, ids, position_ids=positions)
-    expected = run_transformers(transformers_gemma(config, weights), inputs)
+    expected = run_transformers(make_transformers(config, weights), inputs)
     # An angle of 8191 radians has 13 bits less behind the point, in either library.
     assert_equal(
         Reference(config, weights).run(inputs).logits,
@@ -121,19 +67,21 @@ def test_late_positions(first, config, weights, ids):
 
 
 @pytest.mark.usefixtures("double_precision")
-def test_positions_with_gaps(config, weights, ids):
+def test_positions_with_gaps(config, weights, make_transformers, run_transformers, ids):
     positions = np.concatenate([np.arange(9), np.arange(309, 316), np.arange(7)])[None]
     inputs = ModelInputs.prepare(config, ids, position_ids=positions)
-    expected = run_transformers(transformers_gemma(config, weights), inputs)
+    expected = run_transformers(make_transformers(config, weights), inputs)
     actual = Reference(config, weights).run(inputs)
     assert_equal(actual.logits, expected.logits, inputs.attention_mask)
 
 
-def test_unchanged_transformers_differs_by_float32_rounding_only(config, weights, ids):
+def test_unchanged_transformers_differs_by_float32_rounding_only(
+    config, weights, make_transformers, run_transformers, ids
+):
     # No padding: with it, an unchanged float64 transformers gives NaN, because its mask value, the
     # least float64, is minus infinity in the softmax's float32.
     inputs = ModelInputs.prepare(config, ids)
-    expected = run_transformers(transformers_gemma(config, weights), inputs)
+    expected = run_transformers(make_transformers(config, weights), inputs)
     actual = Reference(config, weights).run(inputs).logits
     real = inputs.attention_mask
     assert_equal(actual, expected.logits, real, tolerance=1e-5)
@@ -171,9 +119,9 @@ def gemma2(double_precision, make_config, make_weights):
     return model, Reference(config, weights)
 
 
-def test_windows_and_soft_caps_of_gemma2(gemma2, ids, ragged_mask):
+def test_windows_and_soft_caps_of_gemma2(gemma2, run_transformers, ids, ragged_mask):
     model, reference = gemma2
-    inputs = ModelInputs.prepare(reference.config, ids, ragged_mask)
+    inputs = ModelInputs.prepare(reference.config, ids, ragged_mask, output_hidden_states=True)
     seen = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(
@@ -184,8 +132,8 @@ def test_windows_and_soft_caps_of_gemma2(gemma2, ids, ragged_mask):
     real = inputs.attention_mask
     assert len(seen) == 3
     for i, (x, expected) in enumerate(seen):
-        actual = reference.attention(i, x.numpy(), inputs.position_ids, real, 0, None)
+        actual = reference.attention(i, x.detach().numpy(), inputs.position_ids, real, 0, None)
         assert_equal(actual, expected, real)
-    logits = reference.head(outputs.hidden_states[-1].numpy())
+    logits = reference.head(outputs.hidden_states[-1].detach().numpy())
     assert np.abs(logits).max() > 2  # the cap of 3 bites
     assert_equal(logits, outputs.logits, real)
