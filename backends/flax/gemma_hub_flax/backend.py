@@ -65,6 +65,14 @@ def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) ->
         raise InputError(f"The flax backend has no options; got {', '.join(options.extra)}.")
 
 
+def check_has_loss(task: str, inputs: ModelInputs) -> None:
+    """Refuse what has no gradients: a task without a loss, or inputs without labels."""
+    if task == "base":
+        raise UnsupportedFeature("gradients", "flax", "The model without a head has no loss.")
+    if inputs.labels is None:
+        raise InputError("There are no labels, so that there is no loss. Give labels.")
+
+
 class FlaxModel:
     """One checkpoint in JAX.
 
@@ -99,7 +107,11 @@ class FlaxModel:
 
         Returns:
             The loss, and {canonical name: gradient in the parameter's shape and dtype}.
+
+        Raises:
+            InputError: there are no labels.
         """
+        check_has_loss(self.native.task, inputs)
         graphdef, state = nnx.split(self.native)
         arrays, options = self._arguments(inputs)
         loss, gradients = loss_and_gradients(graphdef, state, arrays, options)
@@ -128,6 +140,8 @@ class FlaxModel:
             "inputs_embeds": inputs.inputs_embeds,
             "labels": inputs.labels,
             "pooled_positions": inputs.pooled_positions,
+            # An array, so that a loss is not compiled again for every number of tokens.
+            "num_items_in_batch": inputs.num_items_in_batch,
         }
         device = find_device(self.device)
         arguments = {
@@ -141,8 +155,6 @@ class FlaxModel:
         }
         if inputs.logits_to_keep:
             options["logits_to_keep"] = inputs.logits_to_keep
-        if inputs.num_items_in_batch is not None:
-            options["num_items_in_batch"] = inputs.num_items_in_batch
         return arguments, tuple(options.items())
 
     def _outputs(self, out: Any) -> ModelOutputs:

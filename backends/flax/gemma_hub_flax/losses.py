@@ -30,8 +30,8 @@ def causal_loss(logits: Array, labels: Array, num_items: int | None = None) -> A
 
 
 def squared_error(logits: Array, targets: Array) -> Array:
-    """Mean squared difference of logits (B, C) and as many targets."""
-    difference = logits.astype(jnp.float32) - targets.reshape(logits.shape).astype(jnp.float32)
+    """Mean squared difference of logits (B, C) and targets (B, C)."""
+    difference = logits.astype(jnp.float32) - targets.astype(jnp.float32)
     return jnp.mean(difference * difference)
 
 

@@ -11,15 +11,14 @@ from flax import nnx
 from jax import Array
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub.problem import problem_type
 from gemma_hub_flax.attention import attend, causal_mask, rope_angles, rotate
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_flax.calls import (
-    check_labels,
     finished_cache,
-    is_integer,
     last_real_tokens,
     prepare_call,
+    sequence_labels,
+    token_labels,
 )
 from gemma_hub_flax.dropout import Dropout, split_key
 from gemma_hub_flax.linear import Embedding, Linear, linear
@@ -258,7 +257,7 @@ class FlaxGemmaForCausalLM(Pretrained, nnx.Module):
         logits = logits.astype(jnp.float32)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.config.vocab_size)
+            labels = token_labels(labels, tuple(logits.shape[:2]), self.config.vocab_size)
             loss = causal_loss(logits, labels, num_items_in_batch)
         return HeadOutput(loss, logits, *out[1:])
 
@@ -318,7 +317,7 @@ class FlaxGemmaForSequenceClassification(Pretrained, nnx.Module):
         logits = self.score(x[jnp.arange(B), pooled_positions]).astype(jnp.float32)
         loss = None
         if labels is not None:
-            kind = problem_type(self.config, labels.shape, is_integer(labels))
+            kind, labels = sequence_labels(self.config, labels, B)
             loss = sequence_loss(kind, logits, labels)
         return HeadOutput(loss, logits, *out[1:])
 
@@ -374,6 +373,6 @@ class FlaxGemmaForTokenClassification(Pretrained, nnx.Module):
         logits = self.score(dropout(out.last_hidden_state)).astype(jnp.float32)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.config.num_labels)
+            labels = token_labels(labels, tuple(logits.shape[:2]), self.config.num_labels)
             loss = cross_entropy(logits, labels, num_items_in_batch)
         return HeadOutput(loss, logits, *out[1:])

@@ -85,3 +85,13 @@ class Pretrained:
         decoder: Any = getattr(self, "model", self)
         weight = decoder.embed_tokens.weight[...]
         return empty_cache(self.config, batch_size, max_length, weight.dtype, device_of(weight))
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute each layer's activations again in the backward pass: less memory, more time."""
+        decoder: Any = getattr(self, "model", self)
+        decoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the activations for the backward pass, as in the beginning."""
+        decoder: Any = getattr(self, "model", self)
+        decoder.gradient_checkpointing = False

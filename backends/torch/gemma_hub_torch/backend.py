@@ -1,12 +1,13 @@
 """TorchBackend: the backend contract over model.py. Twin: gemma_hub_flax/backend.py."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma_hub.backend import BuildOptions, Cache, TaskSpec
 from gemma_hub.config import GemmaConfig
@@ -62,6 +63,14 @@ def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) ->
         raise InputError(f"The torch backend has no options; got {', '.join(options.extra)}.")
 
 
+def check_has_loss(task: str, inputs: ModelInputs) -> None:
+    """Refuse what has no gradients: a task without a loss, or inputs without labels."""
+    if task == "base":
+        raise UnsupportedFeature("gradients", "torch", "The model without a head has no loss.")
+    if inputs.labels is None:
+        raise InputError("There are no labels, so that there is no loss. Give labels.")
+
+
 class TorchModel:
     """One checkpoint in PyTorch.
 
@@ -93,15 +102,21 @@ class TorchModel:
         out = self.native(**self._arguments(inputs), past_key_values=past)
         return self._outputs(out), cache.advanced(inputs, out.past_key_values)
 
+    @torch.enable_grad()
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Tensor]]:
-        """The loss of `inputs.labels` in eval mode, and its gradient by every parameter.
+        """The loss of `inputs.labels` without dropout, and its gradient by every parameter.
 
         Returns:
             The loss, and {canonical name: gradient in the parameter's shape and dtype}.
+
+        Raises:
+            InputError: there are no labels.
         """
+        check_has_loss(self.native.task, inputs)
         parameters = dict(named_parameters(self.native))
-        out = self.native(**self._arguments(inputs), use_cache=False)
-        gradients = torch.autograd.grad(out.loss, list(parameters.values()))
+        with _everything_trains(self.native):
+            out = self.native(**self._arguments(inputs), use_cache=False)
+            gradients = torch.autograd.grad(out.loss, list(parameters.values()))
         return float(out.loss.detach()), dict(zip(parameters, gradients, strict=True))
 
     def export(self) -> Weights:
@@ -148,3 +163,18 @@ class TorchModel:
             attentions=out.attentions,
             as_numpy=self.to_numpy,
         )
+
+
+@contextmanager
+def _everything_trains(module: nn.Module) -> Iterator[None]:
+    """Gradients for every parameter, frozen ones too, in eval mode; then all is as it was."""
+    modes = {part: part.training for part in module.modules()}
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        module.eval().requires_grad_(True)
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(False)

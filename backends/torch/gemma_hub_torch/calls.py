@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError
+from gemma_hub.problem import ProblemType, problem_type
 from gemma_hub_torch.cache import KeyValueCache, LayerCache, filled, store
 
 
@@ -112,18 +113,20 @@ def check_inputs(
 ) -> Tensor:
     """The one input that is there, once it has its shape, type and range."""
     if input_ids is not None and inputs_embeds is None:
-        if input_ids.ndim != 2 or not is_integer(input_ids):
+        shape = tuple(input_ids.shape)
+        if len(shape) != 2 or 0 in shape or not is_integer(input_ids):
             raise InputError(
-                f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}; expected "
-                "integers of shape (batch, tokens)."
+                f"input_ids is {input_ids.dtype} of shape {shape}; expected integers of shape "
+                "(batch, tokens), both at least 1."
             )
         check_range("input_ids", input_ids, 0, config.vocab_size)
         return input_ids
     if inputs_embeds is not None and input_ids is None:
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        shape = tuple(inputs_embeds.shape)
+        if len(shape) != 3 or 0 in shape or shape[2] != config.hidden_size:
             raise InputError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; expected (batch, tokens, "
-                f"{config.hidden_size})."
+                f"inputs_embeds has shape {shape}; expected (batch, tokens, {config.hidden_size}), "
+                "all at least 1."
             )
         return inputs_embeds
     given = "neither" if input_ids is None else "both"
@@ -132,9 +135,11 @@ def check_inputs(
 
 def check_positions(config: GemmaConfig, position_ids: Tensor, mask: Tensor) -> Tensor:
     """(B, T) positions with 0 at padding, once those of real tokens are the model's."""
-    if position_ids.ndim != 2 or position_ids.shape[1] != mask.shape[1]:
+    B, T = mask.shape
+    if tuple(position_ids.shape) not in {(B, T), (1, T)} or not is_integer(position_ids):
         raise InputError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected {tuple(mask.shape)}."
+            f"position_ids is {position_ids.dtype} of shape {tuple(position_ids.shape)}; expected "
+            f"integers of shape {(B, T)}, or {(1, T)} for all rows."
         )
     limit = config.max_position_embeddings
     real = torch.where(mask, position_ids, 0)
@@ -146,14 +151,32 @@ def check_positions(config: GemmaConfig, position_ids: Tensor, mask: Tensor) -> 
     return real
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...], num_classes: int) -> None:
-    """Refuse integer labels of another shape, or out of range and not -100."""
+def token_labels(labels: Tensor, shape: tuple[int, ...], num_classes: int) -> Tensor:
+    """Integer labels as indices, once they have this shape and are in range or -100."""
     if tuple(labels.shape) != shape or not is_integer(labels):
         raise InputError(
             f"labels is {labels.dtype} of shape {tuple(labels.shape)}; expected integers of shape "
             f"{shape}."
         )
+    labels = labels.to(torch.int64)
     check_range("labels", torch.where(labels == -100, 0, labels), 0, num_classes)
+    return labels
+
+
+def sequence_labels(
+    config: GemmaConfig, labels: Tensor, num_rows: int
+) -> tuple[ProblemType, Tensor]:
+    """The problem type, and labels in its shape: (B,) choices, or (B, num_labels) numbers.
+
+    Raises:
+        InputError: a wrong type, shape or choice.
+    """
+    kind = problem_type(config, tuple(labels.shape), is_integer(labels))
+    if labels.shape[0] != num_rows:
+        raise InputError(f"labels has {labels.shape[0]} rows; expected {num_rows}, as the input.")
+    if kind == "single_label_classification":
+        return kind, token_labels(labels.reshape(num_rows), (num_rows,), config.num_labels)
+    return kind, labels.reshape(num_rows, config.num_labels)
 
 
 def check_range(name: str, values: Tensor, low: int, high: int) -> None:

@@ -29,8 +29,8 @@ def causal_loss(logits: Tensor, labels: Tensor, num_items: int | None = None) ->
 
 
 def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared difference of logits (B, C) and as many targets."""
-    difference = logits.to(torch.float32) - targets.reshape(logits.shape).to(torch.float32)
+    """Mean squared difference of logits (B, C) and targets (B, C)."""
+    difference = logits.to(torch.float32) - targets.to(torch.float32)
     return torch.mean(difference * difference)
 
 

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub.problem import problem_type
 from gemma_hub_torch.attention import attend, causal_mask, rope_angles, rotate
 from gemma_hub_torch.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_torch.calls import (
-    check_labels,
     finished_cache,
-    is_integer,
     last_real_tokens,
     prepare_call,
+    sequence_labels,
+    token_labels,
 )
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.linear import Embedding, Linear, linear
@@ -241,7 +240,7 @@ class GemmaForCausalLM(Pretrained, nn.Module):
         logits = logits.to(torch.float32)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.config.vocab_size)
+            labels = token_labels(labels, tuple(logits.shape[:2]), self.config.vocab_size)
             loss = causal_loss(logits, labels, num_items_in_batch)
         return HeadOutput(loss, logits, *out[1:])
 
@@ -297,7 +296,7 @@ class GemmaForSequenceClassification(Pretrained, nn.Module):
         logits = self.score(x[torch.arange(B, device=x.device), pooled_positions]).to(torch.float32)
         loss = None
         if labels is not None:
-            kind = problem_type(self.config, labels.shape, is_integer(labels))
+            kind, labels = sequence_labels(self.config, labels, B)
             loss = sequence_loss(kind, logits, labels)
         return HeadOutput(loss, logits, *out[1:])
 
@@ -351,6 +350,6 @@ class GemmaForTokenClassification(Pretrained, nn.Module):
         logits = self.score(dropout(out.last_hidden_state, rate)).to(torch.float32)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.config.num_labels)
+            labels = token_labels(labels, tuple(logits.shape[:2]), self.config.num_labels)
             loss = cross_entropy(logits, labels, num_items_in_batch)
         return HeadOutput(loss, logits, *out[1:])
