@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 REPORT ?= report
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DISTRIBUTIONS = -e . -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e conformance_tests
+DISTRIBUTIONS = -e . -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e plugins/transformers \
+    -e conformance_tests
 STORY = tiny "Once upon a time" --dtype float32 --temperature 0.8 --top-k 40 --seed 7 --max-new-tokens 80
 
 .PHONY: demo test lint clean

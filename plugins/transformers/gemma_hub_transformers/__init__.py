@@ -1,0 +1,1 @@
+"""Hugging Face transformers as a backend of gemma_hub, to compare with."""
