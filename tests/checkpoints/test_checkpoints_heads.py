@@ -78,6 +78,35 @@ def test_a_head_of_its_own_is_left_alone(stored, task):
     assert weights.read(EMBEDDING).tobytes() == tensors[EMBEDDING].tobytes()
 
 
+@pytest.mark.parametrize("task", ["base", *CLASSIFICATIONS])
+@pytest.mark.parametrize("shape", [(23, 12), (2, 2)])
+def test_a_tied_head_that_differs_is_left_alone(write, arrays, config, task, shape):
+    stored = arrays | {"lm_head.weight": np.full(shape, 7, np.float32)}
+    folder = write(stored, config=config)
+    labels = {"num_labels": 3} if task in CLASSIFICATIONS else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewHeadWarning)
+        weights = open_checkpoint(folder, task, **labels).weights
+    assert weights.read(EMBEDDING).tobytes() == arrays[EMBEDDING].tobytes()
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        open_checkpoint(folder)
+
+
+def test_a_description_is_of_the_stated_task(stored):
+    folder, _ = stored("token_classification")
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("GemmaForTokenCl", "GemmaForSequenceCl"))
+    description = describe_checkpoint(folder)
+    assert description.task == "sequence_classification"
+    assert len(description.problems) == 1
+    assert "score.bias" in description.problems[0]
+    for stated in ('["SomeOther"]', "null", '"GemmaModel"', "[7]"):
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"architectures": json.loads(stated)})
+        )
+        assert describe_checkpoint(folder).task == "causal_lm"
+
+
 @pytest.mark.parametrize("kind", ["base", *CLASSIFICATIONS])
 def test_an_untied_causal_lm_needs_its_head(stored, kind):
     folder, _ = stored(kind, tie_word_embeddings=False)

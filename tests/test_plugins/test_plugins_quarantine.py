@@ -86,6 +86,13 @@ BAD = {
         "specs",
         "'cahce' among its features. Did you mean 'cache'",
     ),
+    "an unknown task": (
+        with_field(tasks=("causal_lm", "sequence_classifcation")),
+        "specs",
+        "'sequence_classifcation' among its tasks. Did you mean 'sequence_classification'",
+    ),
+    "no tasks": (with_field(tasks=()), "specs", "has no tasks; expected at least one of base"),
+    "tasks as one string": (with_field(tasks="base"), "specs", "tasks 'base'.*tuple or set"),
     "features as one string": (
         with_field(features="cache"),
         "specs",

@@ -141,3 +141,14 @@ def test_repr_counts_the_head(build, task):
     body = model.config.num_parameters
     assert f"parameters={body + count[task]:_})" in repr(model)
     assert repr(model).startswith(f"{type(model).__name__}(backend='fake', dtype='float32'")
+
+
+def test_every_array_of_a_result_becomes_numpy():
+    out = ModelOutputs(
+        logits=1, hidden_states=(2, 3), as_numpy=lambda value: np.full(2, value), loss=4,
+        attentions=(5,), last_hidden_state=6,
+    ).to_numpy()  # fmt: skip
+    assert out.as_numpy is np.asarray
+    arrays = (out.logits, *out.hidden_states, out.loss, *out.attentions, out.last_hidden_state)
+    assert [array.tolist() for array in arrays] == [[n, n] for n in range(1, 7)]
+    assert ModelOutputs().to_numpy() == ModelOutputs(as_numpy=np.asarray)
