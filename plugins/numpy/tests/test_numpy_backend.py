@@ -7,10 +7,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_hub.backend import Backend, BuildOptions, Model, SupportsCache, SupportsExport, TaskSpec
+from gemma_hub.backend import (
+    FEATURES,
+    Backend,
+    BuildOptions,
+    Model,
+    SupportsCache,
+    SupportsExport,
+    SupportsGradients,
+    TaskSpec,
+)
+from gemma_hub.config import ARCHITECTURES
 from gemma_hub.errors import CapacityError, CheckpointError, InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
-from gemma_hub.parameters import ArrayWeights, parameter_shapes
+from gemma_hub.parameters import DTYPES, ArrayWeights, parameter_shapes
 from gemma_hub_numpy.backend import NumpyBackend
 from gemma_hub_numpy.plugin import gemma_hub_backends
 
@@ -24,7 +34,7 @@ def build(config, weights, dtype="float64", task="causal_lm", **options):
 def test_the_classes_fit_the_protocols(config, weights):
     model = build(config, weights)
     assert isinstance(NumpyBackend(), Backend)
-    for protocol in (Model, SupportsCache, SupportsExport):
+    for protocol in (Model, SupportsCache, SupportsExport, SupportsGradients):
         assert isinstance(model, protocol)
     assert list(NumpyBackend().devices()) == ["cpu"] == [model.device]
 
@@ -34,7 +44,8 @@ def test_the_spec_names_what_there_is():
     module, name = spec.factory.split(":")
     assert getattr(sys.modules[module], name) is NumpyBackend
     assert spec.name == "numpy"
-    assert "qk_norm" not in spec.features
+    assert set(FEATURES) - spec.features == {"qk_norm"}
+    assert spec.tasks == tuple(ARCHITECTURES)
 
 
 def test_the_plugin_imports_no_numpy():
@@ -69,6 +80,68 @@ def test_types_of_outputs(dtype, logits, states, config, weights, ids):
         turned.hidden_states[1], outputs.hidden_states[1].astype(expected)
     )
     assert build(config, weights).forward(ModelInputs.prepare(config, ids)).hidden_states is None
+
+
+LABELS = {
+    "causal_lm": np.arange(69).reshape(3, 23),
+    "token_classification": np.arange(69).reshape(3, 23) % 4,
+    "sequence_classification": np.array([3, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("task", ARCHITECTURES)
+def test_every_task(task, dtype, make_config, make_weights, ids, ragged_mask):
+    config = make_config(num_labels=4)
+    weights = make_weights(config, task=task)
+    model = build(config, weights, dtype, task)
+    labels = LABELS.get(task)
+    inputs = ModelInputs.prepare(
+        config, ids, ragged_mask, task=task, labels=labels, output_attentions=True
+    )
+    outputs = model.forward(inputs)
+    kind = np.dtype(DTYPES[dtype])
+    single = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    assert [each.shape for each in outputs.attentions] == [(3, 6, 23, 23)] * 3
+    assert {each.dtype for each in outputs.attentions} == {kind}
+    if task == "base":
+        assert outputs.last_hidden_state.shape == (3, 23, 48)
+        assert outputs.last_hidden_state.dtype == kind
+        assert (outputs.logits, outputs.loss) == (None, None)
+        with pytest.raises(InputError, match="no labels"):
+            model.loss_and_gradients(inputs)
+        return
+    width = {"causal_lm": (23, 131), "token_classification": (23, 4)}.get(task, (4,))
+    assert outputs.logits.shape == (3, *width)
+    assert outputs.logits.dtype == outputs.loss.dtype == single
+    assert outputs.loss.shape == ()
+    assert outputs.last_hidden_state is None
+    loss, gradients = model.loss_and_gradients(inputs)
+    assert loss == float(outputs.loss)
+    assert {name: each.shape for name, each in gradients.items()} == parameter_shapes(config, task)
+    assert {each.dtype for each in gradients.values()} == {kind}
+    assert model.export().names() == tuple(parameter_shapes(config, task))
+
+
+def test_attentions_with_a_cache_reach_over_the_slots_filled_so_far(config, weights, ids):
+    model = build(config, weights)
+    whole = model.forward(ModelInputs.prepare(config, ids, output_attentions=True)).attentions
+    cache = model.init_cache(3, 30)
+    _, cache = model.extend(ModelInputs.prepare(config, ids[:, :20]), cache)
+    inputs = ModelInputs.prepare(
+        config, ids[:, 20:], next_position=cache.next_position, output_attentions=True
+    )
+    outputs, _ = model.extend(inputs, cache)
+    for full, part in zip(whole, outputs.attentions, strict=True):
+        np.testing.assert_allclose(part, full[:, :, 20:], rtol=0, atol=1e-13)
+
+
+def test_inputs_of_another_task(config, make_weights, ids):
+    model = build(
+        config, make_weights(config, task="sequence_classification"), task="sequence_classification"
+    )
+    with pytest.raises(InputError, match="prepared for another task"):
+        model.forward(ModelInputs.prepare(config, ids))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
