@@ -85,6 +85,8 @@ class NumpyModel:
 
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, np.ndarray]]:
         """The loss, and the gradient of each parameter in the type and the shape of it."""
+        if self.native.task == "base":
+            raise UnsupportedFeature("gradients", NAME, "The model without a head has no loss.")
         kind = DTYPES[self.native.dtype]
         loss, gradients = self.native.loss_and_gradients(inputs)
         return loss, {name: value.astype(kind, copy=False) for name, value in gradients.items()}

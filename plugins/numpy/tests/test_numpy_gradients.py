@@ -187,6 +187,16 @@ def test_padding_changes_no_gradient(config, weights, small_ids, small_mask):
         assert np.linalg.norm(total - expected) <= 1e-12 * np.linalg.norm(expected), name
 
 
+def test_a_head_in_blocks_has_the_same_gradients(config, weights, small_ids, monkeypatch):
+    inputs = ModelInputs.prepare(config, small_ids, labels=small_ids)
+    _, expected = Reference(config, weights).loss_and_gradients(inputs)
+    monkeypatch.setattr("gemma_hub_numpy.heads._VOCABULARY_BLOCK", 50)
+    _, actual = Reference(config, weights).loss_and_gradients(inputs)
+    for name, gradient in expected.items():
+        error = np.linalg.norm(actual[name] - gradient)
+        assert error <= 1e-12 * np.linalg.norm(gradient), name
+
+
 def test_labels_are_needed(config, weights, small_ids):
     inputs = ModelInputs.prepare(config, small_ids)
     with pytest.raises(InputError, match="no labels; gradients are those of a loss"):
