@@ -58,6 +58,7 @@ class DesignedCheckpoint:
         config: the model.
         weights_of: name whose weights it shares, where only the config differs; else its own.
         storage: "memory", or "shards": written to disk in several files and read back.
+        task: what it is built for, a key of `gemma_hub.config.ARCHITECTURES`.
     """
 
     name: str
@@ -65,10 +66,12 @@ class DesignedCheckpoint:
     config: GemmaConfig
     weights_of: str = ""
     storage: str = "memory"
+    task: str = "causal_lm"
 
     def weights(self, dtype: str = "float32") -> Weights:
         """The parameters; rounded to `dtype` where it is not float32."""
-        weights = _weights(self.weights_of or self.name, _shape_key(self.config), dtype)
+        shapes = tuple(parameter_shapes(self.config, self.task).items())
+        weights = _weights(self.weights_of or self.name, shapes, dtype)
         return _on_disk(self.name, self.config, weights) if self.storage == "shards" else weights
 
 
@@ -170,10 +173,6 @@ LATER = MappingProxyType(
 """Checkpoints with a feature that first-generation Gemma does not have, by that feature."""
 
 
-def _shape_key(config: GemmaConfig) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple(parameter_shapes(config).items())
-
-
 @functools.cache
 def _weights(
     name: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: str
@@ -209,7 +208,8 @@ def _on_disk(name: str, config: GemmaConfig, weights: Weights) -> Weights:
 # Standard deviation of each matrix, times 1 / sqrt(fan in): scores reach a spread of 2 to 3,
 # gates cover -4 to 4, where the two GELU formulas differ most, and no branch drowns another.
 _GAINS = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 0.8, "o_proj": 1.0,
-          "gate_proj": 1.0, "up_proj": 0.7, "down_proj": 0.7, "lm_head": 1.0}  # fmt: skip
+          "gate_proj": 1.0, "up_proj": 0.7, "down_proj": 0.7, "lm_head": 1.0,
+          "score": 1.0}  # fmt: skip
 
 
 def _tensor(rng: np.random.Generator, parameter: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,8 @@ def load_subject(name: str) -> Subject:
         PluginError: it is there and cannot be loaded.
     """
     loaded = plugin_registry().load(name)
-    return Subject(loaded.name, loaded.backend, loaded.spec.features, loaded.spec.dtypes)
+    spec = loaded.spec
+    return Subject(loaded.name, loaded.backend, spec.features, spec.dtypes, tasks=spec.tasks)
 
 
 def required_cases() -> tuple[str, ...]:
@@ -94,9 +95,10 @@ def run_case(case: CaseSpec, subject: Subject, oracle: Oracle) -> CaseResult:
 
 def _check_claims(case: CaseSpec, subject: Subject) -> str:
     """What `case` needs and `subject` does not claim, after seeing it refused; else ''."""
-    for feature in sorted(case.needs - subject.features):
-        check_refused(subject, feature)
-        return f"the feature {feature!r}"
+    # The task first: a feature of a model that is not there cannot be asked for.
+    for need in sorted(case.needs - subject.claims, reverse=True):
+        check_refused(subject, need)
+        return f"{need!r}"
     if case.dtype not in subject.dtypes:
         check_dtype_refused(subject, case.dtype)
         return f"the dtype {case.dtype!r}"

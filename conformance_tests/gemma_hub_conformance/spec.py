@@ -1,6 +1,6 @@
 """What a case is: a named check of one behaviour, and what it is given to run on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Never
 
@@ -12,7 +12,7 @@ from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parity.error_model import Judgement, judge, noise_band
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.oracle import Oracle
-from gemma_hub_conformance.rows import Batch
+from gemma_hub_conformance.rows import Batch, Row
 
 
 class CaseFailed(AssertionError):
@@ -25,10 +25,11 @@ class CaseSpec:
 
     Attributes:
         id: permanent; "L2.cache.chunks_of_3". The first part is its level: L1 contract,
-            L2 meaning in float32, L3 narrower types, L4 generation.
+            L2 meaning in float32, L3 narrower types, L4 generation, L5 heads, losses and gradients.
         doc: one line, for the reference page.
         run: returns if the backend is right, raises `CaseFailed` if not.
-        needs: features of `gemma_hub.backend.FEATURES` without which it does not apply.
+        needs: what it does not apply without: features of `gemma_hub.backend.FEATURES`, and
+            "task:NAME" for a task other than causal_lm.
         dtype: compute type that it runs in.
     """
 
@@ -40,7 +41,7 @@ class CaseSpec:
 
     @property
     def level(self) -> int:
-        """1 to 4."""
+        """1 to 5."""
         return int(self.id[1])
 
 
@@ -54,6 +55,7 @@ class Subject:
         features: what it claims.
         dtypes: compute types that it claims.
         extra: `BuildOptions.extra` for every model.
+        tasks: tasks that it claims.
     """
 
     name: str
@@ -61,7 +63,13 @@ class Subject:
     features: frozenset[str]
     dtypes: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("causal_lm",)
     _models: dict[tuple[str, str], Model] = field(default_factory=dict)
+
+    @property
+    def claims(self) -> frozenset[str]:
+        """Everything that a case may need and this backend says it has."""
+        return self.features | {f"task:{task}" for task in self.tasks}
 
     def options(self, dtype: str) -> BuildOptions:
         """What every model is built with."""
@@ -72,7 +80,10 @@ class Subject:
         key = (checkpoint.name, dtype)
         if key not in self._models:
             self._models[key] = self.backend.build(
-                checkpoint.config, TaskSpec(), checkpoint.weights(dtype), self.options(dtype)
+                checkpoint.config,
+                TaskSpec(checkpoint.task),
+                checkpoint.weights(dtype),
+                self.options(dtype),
             )
         return self._models[key]
 
@@ -129,14 +140,25 @@ class CaseContext:
     def judge_logits(
         self, logits: np.ndarray, checkpoint: DesignedCheckpoint, batch: Batch
     ) -> None:
-        """Fail unless the (B, T, V) logits of every real token are right up to rounding."""
-        expected_shape = (*batch.mask.shape, checkpoint.config.vocab_size)
-        self.require(
-            logits.shape == expected_shape,
-            f"the logits have shape {logits.shape}; expected {expected_shape}",
-        )
+        """Fail unless the (B, T, C) logits of every real token are right up to rounding."""
         truth = self.oracle.truth(checkpoint, batch.rows, self.dtype)
+        self.require_shape("the logits", logits, (*batch.mask.shape, truth.logits.shape[-1]))
         self.compare("logits", logits[batch.mask], truth.logits, truth.witness_logits)
+
+    def judge_rows(
+        self, logits: np.ndarray, checkpoint: DesignedCheckpoint, rows: Sequence[Row]
+    ) -> None:
+        """Fail unless the (B, C) logits of `rows` by a sequence classifier are right."""
+        truth = self.oracle.truth(checkpoint, rows, self.dtype)
+        self.require_shape("the logits", logits, truth.logits.shape)
+        self.compare("logits", logits, truth.logits, truth.witness_logits)
+
+    def require_shape(self, what: str, found: np.ndarray | None, expected: tuple[int, ...]) -> None:
+        """Fail unless the array has the shape."""
+        self.require(
+            found is not None and found.shape == expected,
+            f"{what} have shape {getattr(found, 'shape', None)}; expected {expected}",
+        )
 
     def compare(
         self,
@@ -146,9 +168,16 @@ class CaseContext:
         witnesses: tuple[np.ndarray, ...],
     ) -> None:
         """Fail unless `found` (n, ...) is within the noise band of `reference`."""
+        judgement = self.judged(found, reference, witnesses)
+        self.require(judgement.passed, f"{what}: {judgement.reason}")
+
+    def judged(
+        self, found: np.ndarray, reference: np.ndarray, witnesses: tuple[np.ndarray, ...]
+    ) -> Judgement:
+        """The verdict on `found` (n, ...), noted and not acted on."""
         judgement = judge(found, reference, noise_band(reference, witnesses))
         self.judgements.append(judgement)
-        self.require(judgement.passed, f"{what}: {judgement.reason}")
+        return judgement
 
     def require(self, condition: bool, message: str) -> None:
         """Fail with `message` unless `condition`."""
@@ -163,7 +192,12 @@ class CaseContext:
 def prepare(checkpoint: DesignedCheckpoint, batch: Batch, **wanted: Any) -> ModelInputs:
     """`batch` as a backend receives it."""
     return ModelInputs.prepare(
-        checkpoint.config, batch.input_ids, batch.mask, batch.position_ids, **wanted
+        checkpoint.config,
+        batch.input_ids,
+        batch.mask,
+        batch.position_ids,
+        task=checkpoint.task,
+        **wanted,
     )
 
 

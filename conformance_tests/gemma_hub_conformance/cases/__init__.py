@@ -1,11 +1,16 @@
 """The cases, by the behaviour that they check."""
 
 from gemma_hub_conformance.cases import (
+    attentions,
     cache,
     contract,
     forward,
     generation,
+    gradients,
+    head_contract,
+    heads,
     liveness,
+    losses,
     masks,
     narrow,
     outputs,
@@ -16,7 +21,8 @@ from gemma_hub_conformance.spec import CaseSpec
 
 def all_cases() -> dict[str, CaseSpec]:
     """Every case by its id, in the order in which they run."""
-    modules = (contract, forward, positions, masks, outputs, liveness, cache, narrow, generation)
+    causal_lm = (contract, forward, positions, masks, outputs, liveness, cache, narrow, generation)
+    modules = (*causal_lm, head_contract, heads, losses, attentions, gradients)
     cases = [case for module in modules for case in module.cases()]
     by_id = {case.id: case for case in cases}
     if len(by_id) != len(cases):

@@ -17,15 +17,22 @@ from gemma_hub_conformance.spec import Subject
 from gemma_hub_numpy.backend import NumpyBackend, NumpyModel
 from gemma_hub_numpy.model import Reference
 
-FEATURES = frozenset({"cache", "export", "inputs_embeds", "sliding_window", "softcap"})
+FEATURES = frozenset(
+    {"attentions", "cache", "export", "gradients", "inputs_embeds", "sliding_window", "softcap"}
+)
+TASKS = ("base", "causal_lm", "sequence_classification", "token_classification")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class StandInModel(NumpyModel):
-    """A model in float64 that plays a float32 backend: its logits are float32."""
+    """A model in float64 that plays a float32 backend: its results are float32."""
 
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
         return _narrowed(super().forward(inputs))
+
+    def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, np.ndarray]]:
+        loss, gradients = super().loss_and_gradients(inputs)
+        return loss, {name: value.astype(np.float32) for name, value in gradients.items()}
 
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         outputs, cache = super().extend(inputs, cache)
@@ -46,7 +53,7 @@ class StandInBackend:
         self, config: GemmaConfig, task: TaskSpec, weights: Weights, options: BuildOptions
     ) -> StandInModel:
         NumpyBackend().build(config, task, weights, options)
-        return self.model(self.reference(config, weights))
+        return self.model(self.reference(config, weights, task.name))
 
 
 Kind = TypeVar("Kind", bound=type[Reference] | type[StandInModel])
@@ -75,12 +82,12 @@ class Mutant:
             backend = StandInBackend(Reference, self.kind)
         else:
             backend = StandInBackend(self.kind)
-        return Subject(self.name, backend, FEATURES, DTYPES)
+        return Subject(self.name, backend, FEATURES, DTYPES, tasks=TASKS)
 
 
 def control() -> Subject:
     """The reference without a bug, in the same wrapping: it must pass."""
-    return Subject("control", StandInBackend(Reference), FEATURES, DTYPES)
+    return Subject("control", StandInBackend(Reference), FEATURES, DTYPES, tasks=TASKS)
 
 
 class Bank:
@@ -110,4 +117,9 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def _narrowed(outputs: ModelOutputs) -> ModelOutputs:
-    return dataclasses.replace(outputs, logits=outputs.logits.astype(np.float32))
+    narrow = {
+        name: getattr(outputs, name).astype(np.float32)
+        for name in ("logits", "loss", "last_hidden_state")
+        if getattr(outputs, name) is not None
+    }
+    return dataclasses.replace(outputs, **narrow)
