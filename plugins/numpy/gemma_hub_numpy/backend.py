@@ -84,7 +84,12 @@ class NumpyModel:
         return array if array.dtype in (np.float64, np.float32) else array.astype(np.float32)
 
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, np.ndarray]]:
-        """The loss, and the gradient of each parameter in the type and the shape of it."""
+        """The loss, and the gradient of each parameter in the type and the shape of it.
+
+        Raises:
+            UnsupportedFeature: the task is "base".
+            InputError: the inputs have no labels.
+        """
         if self.native.task == "base":
             raise UnsupportedFeature("gradients", NAME, "The model without a head has no loss.")
         kind = DTYPES[self.native.dtype]
