@@ -403,7 +403,7 @@ def _resolve_labels(values: dict[str, Any]) -> None:
     label2id = values.pop("label2id", None)
     if _states_nothing(label2id):
         return
-    if not isinstance(label2id, Mapping):
+    if not isinstance(label2id, Mapping) or any(type(i) is not int for i in label2id.values()):
         raise ConfigError(f"label2id is {label2id!r}; expected an object {{name: id}}, or null.")
     if values["id2label"] is None:
         values["id2label"] = {i: name for name, i in label2id.items()}

@@ -229,7 +229,8 @@ def _label_names(id2label: Any) -> dict[int, str]:
         raise ConfigError(f"id2label is {id2label!r}; expected an object {{id: name}}, or null.")
     names: dict[int, str] = {}
     for key, name in id2label.items():
-        is_id = type(key) is int or (isinstance(key, str) and key.isdecimal())
+        # Python refuses to read a number of thousands of digits.
+        is_id = type(key) is int or (isinstance(key, str) and key.isdecimal() and len(key) < 20)
         if not is_id or int(key) in names or not 0 <= int(key) < len(id2label):
             raise ConfigError(
                 f"id2label has the id {key!r}; expected each of 0 to {len(id2label) - 1} once."

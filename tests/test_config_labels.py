@@ -50,6 +50,7 @@ def test_labels(given, names):
         ({"id2label": {0: "a", 2: "b"}}, "has the id 2; expected each of 0 to 1 once"),
         ({"id2label": {"0": "a", 0: "b"}}, "has the id 0"),
         ({"id2label": {"x": "a"}}, "has the id 'x'"),
+        ({"id2label": {"9" * 5000: "a"}}, "has the id '999"),
         ({"id2label": {-1: "a"}}, "has the id -1"),
         ({"id2label": {True: "a", 0: "b"}}, "has the id True"),
         ({"id2label": {0: 7}}, "names 0 7; expected a text"),
@@ -76,8 +77,9 @@ def test_label2id_says_the_same_or_nothing():
         read(label2id={"NEG": 1, "NEU": 0, "POS": 2}, id2label=IN_JSON)
     with pytest.raises(ConfigError, match="num_labels is 5 and id2label names 3"):
         read(label2id=inverse, num_labels=5)
-    with pytest.raises(ConfigError, match="label2id is 7; expected an object"):
-        read(label2id=7)
+    for wrong in (7, {"NEG": []}, {"NEG": "0"}, ["NEG"]):
+        with pytest.raises(ConfigError, match=r"label2id is .*; expected an object {name: id}"):
+            read(label2id=wrong)
     for nothing in ({}, None):
         assert read(label2id=nothing, id2label=nothing) == GemmaConfig()
 

@@ -133,9 +133,8 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
 def _stated_task(folder: Path) -> str:
     """The task of the class that config.json names in its architectures."""
     stated = read_json_object(folder / "config.json", ConfigError).get("architectures")
-    known = {architecture: task for task, architecture in ARCHITECTURES.items()}
     names = stated if isinstance(stated, list) else []
-    return next((known[name] for name in names if name in known), "causal_lm")
+    return next((task for task, name in ARCHITECTURES.items() if name in names), "causal_lm")
 
 
 def _weight_paths(folder: Path) -> list[Path]:

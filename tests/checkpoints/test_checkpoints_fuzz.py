@@ -17,6 +17,10 @@ QUICK = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 INDEX = "model.safetensors.index.json"
+ABSENT = """
+    rope_parameters layer_types dtype num_labels id2label label2id problem_type classifier_dropout
+    hidden_dropout
+""".split()  # keys that the config.json of the fixture does not have
 NUMBERS = st.integers(-2, 2**65) | st.floats() | st.booleans()
 LEAVES = st.none() | NUMBERS | st.text(max_size=8)
 JSON = st.recursive(
@@ -130,11 +134,13 @@ def test_config_entries(file, data):
     path = file.with_name("config.json")
     content = path.read_text()
     config = json.loads(content)
-    key = data.draw(st.sampled_from([*sorted(config), "rope_parameters", "layer_types", "dtype"]))
+    key = data.draw(st.sampled_from([*sorted(config), *ABSENT]))
     rope = st.fixed_dictionaries(
         {}, optional={"rope_theta": LEAVES, "factor": LEAVES, "type": LEAVES, "rope_type": LEAVES}
     )
-    config[key] = data.draw(JSON | rope)
+    ids = st.sampled_from(["0", "1", "2", "x"]) | st.text(max_size=3)
+    labels = st.dictionaries(ids, LEAVES) | st.dictionaries(st.text(max_size=3), st.integers(0, 3))
+    config[key] = data.draw(JSON | rope | labels)
     path.write_text(json.dumps(config))
     try:
         if check(file.parent):

@@ -100,7 +100,7 @@ def test_a_description_is_of_the_stated_task(stored):
     assert description.task == "sequence_classification"
     assert len(description.problems) == 1
     assert "score.bias" in description.problems[0]
-    for stated in ('["SomeOther"]', "null", '"GemmaModel"', "[7]"):
+    for stated in ('["SomeOther"]', "null", '"GemmaModel"', "[7, []]"):
         path.write_text(
             json.dumps(json.loads(path.read_text()) | {"architectures": json.loads(stated)})
         )
