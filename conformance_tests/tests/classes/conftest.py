@@ -94,9 +94,9 @@ class Torch:
     """How a test speaks to the PyTorch classes."""
 
     name = "torch"
-    classes: dict[str, Any] = {
-        task: getattr(gemma_hub_torch, name) for task, name in ARCHITECTURES.items()
-    }
+
+    def kind(self, task: str) -> Any:
+        return getattr(gemma_hub_torch, ARCHITECTURES[task])
 
     def array(self, value: Any) -> torch.Tensor:
         array = np.asarray(value)
@@ -125,9 +125,9 @@ class Flax:
     """How a test speaks to the Flax classes."""
 
     name = "flax"
-    classes: dict[str, Any] = {
-        task: getattr(gemma_hub_flax, f"Flax{name}") for task, name in ARCHITECTURES.items()
-    }
+
+    def kind(self, task: str) -> Any:
+        return getattr(gemma_hub_flax, f"Flax{ARCHITECTURES[task]}")
 
     def array(self, value: Any) -> jax.Array:
         return jnp.asarray(value)
@@ -160,8 +160,12 @@ class Models:
         """A model that the test may not change."""
         key = (task, path, repr(options))
         if key not in self._read:
-            self._read[key] = self.framework.classes[task].from_pretrained(path, **options)
+            self._read[key] = self.framework.kind(task).from_pretrained(path, **options)
         return self._read[key]
+
+    def parameters(self, model: Any) -> dict[str, np.ndarray]:
+        """{name in the model: float32 array}; exact for the 16-bit types."""
+        return self.framework.parameters(model)
 
     def arrays(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """NumPy arrays as the framework's own; the rest as it is."""

@@ -13,6 +13,7 @@ import torch
 
 from gemma_hub.backend import BuildOptions, TaskSpec
 from gemma_hub.checkpoints import open_checkpoint
+from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.plugins.registry import plugin_registry
 
@@ -210,29 +211,62 @@ def assert_near_gradients(ours: dict[str, np.ndarray], theirs: Any) -> None:
         assert np.linalg.norm(ours[name] - gradient) < 1e-4 * norm, name
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("task", TASKS[1:])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_of_the_classes_and_of_the_backends(
-    written: Any, models: Any, shape: str, task: str, padding: str
-) -> None:
+# Flax compiles for a few seconds per entry: there, every shape and every head, not every pair.
+PAIRS = [(shape, task) for shape in SHAPES for task in TASKS[1:]]
+IN_FLAX = [
+    ("mqa", "causal_lm"),
+    ("gqa", "causal_lm"),
+    ("mha", "causal_lm"),
+    ("gqa", "sequence_classification"),
+    ("mha", "token_classification"),
+]
+THROUGH_FLAX = [
+    ("gqa", "causal_lm"),
+    ("mha", "sequence_classification"),
+    ("mqa", "token_classification"),
+]
+
+
+def entries(in_flax: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    return [("torch", *pair) for pair in PAIRS] + [("flax", *pair) for pair in in_flax]
+
+
+def gradient_case(
+    written: Any, shape: str, task: str, padding: str
+) -> tuple[dict[str, Any], float, Any, Any]:
+    """Arguments of a call, transformers' loss, its model with gradients, and the checkpoint."""
     theirs, path = written(task, shape)
     ids, mask, positions = padded_batch(padding)
     labels = gradient_labels(task, padding, mask)
     loss = in_transformers(theirs, ids, mask, positions, labels=torch.tensor(labels)).loss
     loss.backward()
     arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return arguments, loss.item(), theirs, path
 
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(("models", "shape", "task"), entries(IN_FLAX), indirect=["models"])
+def test_gradients_of_the_classes(
+    written: Any, models: Any, shape: str, task: str, padding: str
+) -> None:
+    arguments, expected, theirs, path = gradient_case(written, shape, task, padding)
     model = models.read(task, path)
-    ours, gradients = models.framework.gradients(model, models.arrays(arguments))
-    assert ours == pytest.approx(loss.item(), abs=1e-4)
+    loss, gradients = models.framework.gradients(model, models.arrays(arguments))
+    assert loss == pytest.approx(expected, abs=1e-4)
     assert_near_gradients(gradients, theirs)
 
-    built = through_the_contract(models.name, task, path)
-    inputs = ModelInputs.prepare(model.config, task=task, **arguments)
-    ours, gradients = built.loss_and_gradients(inputs)
-    assert ours == pytest.approx(loss.item(), abs=1e-4)
-    assert_near_gradients({name: built.to_numpy(g) for name, g in gradients.items()}, theirs)
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize(("models", "shape", "task"), entries(THROUGH_FLAX), indirect=["models"])
+def test_gradients_of_the_backends(
+    written: Any, models: Any, shape: str, task: str, padding: str
+) -> None:
+    arguments, expected, theirs, path = gradient_case(written, shape, task, padding)
+    model = through_the_contract(models.name, task, path)
+    inputs = ModelInputs.prepare(model.native.config, task=task, **arguments)
+    loss, gradients = model.loss_and_gradients(inputs)
+    assert loss == pytest.approx(expected, abs=1e-4)
+    assert_near_gradients({name: model.to_numpy(g) for name, g in gradients.items()}, theirs)
 
 
 def through_the_contract(backend: str, task: str, path: Any) -> Any:
@@ -247,3 +281,43 @@ def through_the_contract(backend: str, task: str, path: Any) -> Any:
             BuildOptions(dtype="float32", device="cpu"),
         )
     )
+
+
+def test_gradients_of_a_module_in_training_with_frozen_parameters(written: Any) -> None:
+    arguments, expected, theirs, path = gradient_case(
+        written, "mqa", "token_classification", "right"
+    )
+    model = through_the_contract("torch", "token_classification", path)
+    model.native.train().model.requires_grad_(False)
+    inputs = ModelInputs.prepare(model.native.config, task="token_classification", **arguments)
+    with torch.no_grad():
+        loss, gradients = model.loss_and_gradients(inputs)
+    assert loss == pytest.approx(expected, abs=1e-4)
+    assert_near_gradients({name: model.to_numpy(g) for name, g in gradients.items()}, theirs)
+    assert model.native.training
+    assert model.native.model.layers[0].training
+    trained = [name for name, p in model.native.named_parameters() if p.requires_grad]
+    assert trained == ["score.weight", "score.bias"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_no_gradients_without_a_loss(written: Any, backend: str) -> None:
+    ids, _, _ = padded_batch("none")
+    for task, error, match in [
+        ("base", UnsupportedFeature, "without a head has no loss"),
+        ("causal_lm", InputError, "no labels"),
+    ]:
+        model = through_the_contract(backend, task, written(task)[1])
+        inputs = ModelInputs.prepare(model.native.config, ids, task=task)
+        with pytest.raises(error, match=match):
+            model.loss_and_gradients(inputs)
+
+
+@pytest.mark.parametrize("models", ["torch", "flax"], indirect=True)
+def test_gradient_checkpointing_changes_no_gradient(written: Any, models: Any) -> None:
+    arguments, expected, theirs, path = gradient_case(written, "gqa", "causal_lm", "left")
+    model = models.framework.kind("causal_lm").from_pretrained(path)
+    model.model.gradient_checkpointing = True
+    loss, gradients = models.framework.gradients(model, models.arrays(arguments))
+    assert loss == pytest.approx(expected, abs=1e-4)
+    assert_near_gradients(gradients, theirs)
