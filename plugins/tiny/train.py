@@ -54,7 +54,7 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="Needs a C++ compiler.")] = False,
     threads: int = 2,
 ) -> None:
-    """Train; the state, with the best weights so far, goes to FOLDER/state.pt."""
+    """Train; the state goes to FOLDER/state.pt."""
     torch.set_num_threads(threads)
     data = prepare(corpus_file)
     run = (
@@ -63,7 +63,9 @@ def train(
         else Run(CONFIG, Settings(steps=steps), data, folder)
     )
     run.train(minutes, compiled)
-    typer.echo(f"Best held-out loss {run.best:.4f} nats per token after {run.seconds:.0f} s.")
+    if run.curve:
+        loss = run.curve[-1]["held_out"]
+        typer.echo(f"Held-out loss {loss:.4f} nats per token after {run.seconds:.0f} s.")
 
 
 @app.command()
@@ -72,7 +74,7 @@ def export(
     folder: FolderOption = ROOT / "runs" / "tiny",
     checkpoint: Annotated[Path, typer.Option(help="Where it goes.")] = CHECKPOINT,
 ) -> None:
-    """Write the best weights so far, and their card, as a checkpoint."""
+    """Write the weights of the run so far, and their card, as a checkpoint."""
     run = Run.load(CONFIG, prepare(corpus_file), folder)
     card.export(run, checkpoint)
     typer.echo((checkpoint / "README.md").read_text(encoding="utf-8"))

@@ -18,24 +18,21 @@ from gemma_hub_torch.backend import as_array
 from training import corpus
 from training.loop import Run, total_loss
 
-# (prompt, settings of `generate`): greedy first, then seeded.
+# (prompt, settings of `generate`): greedy first, then seeded; chosen by hand.
 SAMPLES: list[tuple[str, dict[str, Any]]] = [
-    ("Once upon a time", {"max_new_tokens": 60}),
-    ("The old woman said,", {"max_new_tokens": 60}),
-    ("Once upon a time", {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "seed": 7}),
-    (
-        "THE FOX AND THE KING\n\n",
-        {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "seed": 3},
-    ),
-    ("", {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "seed": 1}),
+    ("The wolf", {"max_new_tokens": 48}),
+    ("THE FOX AND THE KING\n\n", {"max_new_tokens": 48}),
+    ("Once upon a time", {"max_new_tokens": 80, "temperature": 0.6, "top_p": 0.9, "seed": 7}),
+    ("Once upon a time", {"max_new_tokens": 80, "temperature": 0.6, "top_p": 0.9, "seed": 2}),
+    ("", {"max_new_tokens": 80, "temperature": 0.6, "top_p": 0.9, "seed": 2}),
 ]
 CHECKED_ROWS = 3  # of the held-out rows, whose loss a test computes again
 _CURVE_LINES = 12
 
 
 def export(run: Run, checkpoint: Path) -> None:
-    """Write the run's best weights, the vocabulary, the figures and the card to `checkpoint`."""
-    rounded = {name: p.to(torch.bfloat16) for name, p in run.best_weights.items()}
+    """Write the run's weights, the vocabulary, the figures and the card to `checkpoint`."""
+    rounded = {name: p.to(torch.bfloat16) for name, p in run.module.state_dict().items()}
     run.module.load_state_dict(rounded)  # the losses are those of what is in the file
     folder = run.folder / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +47,11 @@ def export(run: Run, checkpoint: Path) -> None:
     figures = _figures(run, folder)
     (folder / "training.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(run, folder, figures), encoding="utf-8")
-    shutil.copytree(folder, checkpoint, dirs_exist_ok=True)
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():  # file by file, so that whoever has the old one mapped keeps it
+        partial = checkpoint / f".{path.name}.partial"
+        shutil.copyfile(path, partial)
+        partial.replace(checkpoint / path.name)
 
 
 def _figures(run: Run, folder: Path) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def _card(run: Run, folder: Path, figures: dict[str, Any]) -> str:
         minutes=round(run.seconds / 60),
         dropout=settings.dropout,
         weight_decay=settings.weight_decay,
+        best=f"{best['held_out']:.3f}",
         best_step=f"{best['step']:,}",
         curve="\n".join(
             f"| {p['step']:,} | {p['training']:.3f} | {p['held_out']:.3f} |" for p in shown

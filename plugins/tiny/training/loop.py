@@ -156,14 +156,12 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
-    best: float = math.inf
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.settings.seed)
         self.module = GemmaForCausalLM(self.config)
         add_dropout(self.module, self.settings.dropout)
         self.optimizer = optimizer_for(self.module, self.settings)
-        self.best_weights = {n: p.clone() for n, p in self.module.state_dict().items()}
         rows, self.held_out_bytes = self.data.held_out_rows(self.settings.length)
         self.held_out_rows = rows
 
@@ -176,9 +174,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
-            "best": self.best,
             "module": self.module.state_dict(),
-            "best_weights": self.best_weights,
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "vocabulary": self.data.vocabulary,
@@ -198,8 +194,7 @@ class Run:
         run.module.load_state_dict(state["module"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.seconds = state["step"], state["seconds"]
-        run.curve, run.best = state["curve"], state["best"]
-        run.best_weights = state["best_weights"]
+        run.curve = state["curve"]
         torch.set_rng_state(state["random"])
         return run
 
@@ -248,9 +243,6 @@ class Run:
         self.curve.append(
             {"step": self.step, "training": round(training_loss, 4), "held_out": round(loss, 4)}
         )
-        if loss < self.best:
-            self.best = loss
-            self.best_weights = {n: p.clone() for n, p in self.module.state_dict().items()}
 
     def _note(self) -> str:
         if not self.curve:
