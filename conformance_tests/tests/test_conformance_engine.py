@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from gemma_hub.backend import BuildOptions
-from gemma_hub.errors import InputError
+from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub_conformance.cases import all_cases
 from gemma_hub_conformance.checkpoints import GQA
 from gemma_hub_conformance.engine import required_cases, run_conformance
 from gemma_hub_conformance.mutants.bank import (
     DTYPES,
     FEATURES,
+    TASKS,
     StandInBackend,
     StandInModel,
     control,
@@ -25,10 +26,15 @@ from gemma_hub_numpy.model import Reference
 
 FORWARD = "L2.forward.gqa.left_padding"
 CACHE = "L2.cache.gqa.left_padding"
+HEADS = [
+    "L5.base.last_hidden_state.no_padding",
+    "L5.sequence.logits.no_padding",
+    "L5.token.logits.no_padding",
+]
 
 
-def _subject(model=StandInModel, features=FEATURES, dtypes=DTYPES) -> Subject:
-    return Subject("subject", StandInBackend(Reference, model), features, dtypes)
+def _subject(model=StandInModel, features=FEATURES, dtypes=DTYPES, tasks=TASKS) -> Subject:
+    return Subject("subject", StandInBackend(Reference, model), features, dtypes, tasks=tasks)
 
 
 def _verdict(subject, case, oracle):
@@ -76,15 +82,37 @@ class Forward:
         return self._model.to_numpy(array)
 
 
+class CausalOnly:
+    """A backend with nothing but causal logits, which refuses everything else."""
+
+    def __init__(self, name=None):
+        self._name = name
+
+    def devices(self):
+        return ("cpu",)
+
+    def build(self, config, task, weights, options):
+        if task.name != "causal_lm":
+            raise UnsupportedFeature(self._name or f"task:{task.name}", "subject")
+        return RefusesAttentions(Reference(config, weights))
+
+
+class RefusesAttentions(Forward):
+    def forward(self, inputs):
+        if inputs.output_attentions:
+            raise UnsupportedFeature("attentions", "subject")
+        return super().forward(inputs)
+
+
 def test_the_manifest_names_every_case_and_no_other():
     assert sorted(required_cases()) == sorted(all_cases())
 
 
 def test_every_case_has_a_level_a_sentence_and_a_known_feature():
     for case in all_cases().values():
-        assert case.level in (1, 2, 3, 4)
+        assert case.level in (1, 2, 3, 4, 5)
         assert case.doc.endswith(".")
-        assert case.needs <= FEATURES
+        assert case.needs <= FEATURES | {f"task:{task}" for task in TASKS}
 
 
 @pytest.mark.parametrize(
@@ -114,12 +142,52 @@ def test_an_unclaimed_feature_that_is_absent_is_unsupported(oracle):
 
 @pytest.mark.parametrize(
     "case",
-    [CACHE, "L2.inputs_embeds.unscaled", "L1.contract.export_gqa", "L2.forward.softcap"],
+    [
+        CACHE,
+        "L2.inputs_embeds.unscaled",
+        "L1.contract.export_gqa",
+        "L2.forward.softcap",
+        "L5.attentions.gqa",
+        "L5.gradients.causal.gqa",
+    ],
 )
 def test_an_unclaimed_feature_that_is_accepted_fails(case, oracle):
     result = _verdict(_subject(features=frozenset()), case, oracle)
     assert result.verdict is Verdict.FAIL
     assert "was accepted; expected UnsupportedFeature" in result.message
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_an_unclaimed_task_that_is_accepted_fails(case, oracle):
+    result = _verdict(_subject(tasks=("causal_lm",)), case, oracle)
+    assert result.verdict is Verdict.FAIL
+    assert "the unclaimed feature 'task:" in result.message
+    assert "was accepted; expected UnsupportedFeature" in result.message
+
+
+@pytest.mark.parametrize("case", [*HEADS, "L5.gradients.token", "L5.attentions.mha"])
+def test_an_unclaimed_task_or_feature_that_is_refused_is_unsupported(case, oracle):
+    subject = Subject("subject", CausalOnly(), frozenset(), DTYPES)
+    result = _verdict(subject, case, oracle)
+    assert result.verdict is Verdict.UNSUPPORTED, result.message
+
+
+def test_a_refusal_under_another_name_fails(oracle):
+    subject = Subject("subject", CausalOnly("heads"), frozenset(), DTYPES)
+    result = _verdict(subject, HEADS[0], oracle)
+    assert result.verdict is Verdict.FAIL
+    assert "is refused under the name 'heads'" in result.message
+
+
+def test_a_wrong_gradient_is_named(oracle):
+    class Wrong(StandInModel):
+        def loss_and_gradients(self, inputs):
+            loss, gradients = super().loss_and_gradients(inputs)
+            return loss, gradients | {"model.norm.weight": gradients["model.norm.weight"] * 1.001}
+
+    result = _verdict(_subject(Wrong), "L5.gradients.causal.untied", oracle)
+    assert result.verdict is Verdict.FAIL
+    assert "1 of 12 gradients are wrong: model.norm.weight: error is" in result.message
 
 
 def test_a_claimed_feature_that_is_absent_fails(oracle):

@@ -18,6 +18,9 @@ CONTROL_CASES = [
     "L2.hidden_states.gqa",
     "L2.cache.chunks_of_7_9_7",
     "L3.bfloat16.forward.gqa.left_padding",
+    "L5.sequence.logits.both_sides",
+    "L5.causal.loss.left_padding",
+    "L5.gradients.causal.bias",
 ]
 
 
@@ -30,8 +33,16 @@ def test_the_mutant_is_killed_by_its_case(name, oracle):
 
 def test_there_are_enough_mutants_and_each_has_a_hint():
     mutants = all_mutants().values()
-    assert len(mutants) >= 100
+    assert len(mutants) >= 200
     assert all(mutant.hint.endswith(".") for mutant in mutants)
+
+
+def test_every_kind_of_case_of_level_5_has_a_mutant():
+    level_5 = {id_ for id_ in all_cases() if id_.startswith("L5")}
+    without = level_5 - {mutant.case for mutant in all_mutants().values()}
+    # The same check under a padding or a type that adds nothing to what the others show.
+    repeats = ("right_padding", "both_sides", "bfloat16")
+    assert {id_ for id_ in without if not id_.endswith(repeats)} == set()
 
 
 def test_most_cases_of_level_2_have_a_mutant_of_their_own_kind():

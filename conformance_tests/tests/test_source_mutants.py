@@ -165,7 +165,7 @@ def test_the_suite_notices(
     edited: Callable[[str, Edit], Any], oracle: Oracle, backend: str, edit: Edit
 ) -> None:
     real = load_subject(backend)
-    subject = Subject(backend, edited(backend, edit), real.features, real.dtypes)
+    subject = Subject(backend, edited(backend, edit), real.features, real.dtypes, tasks=real.tasks)
     (result,) = run_conformance(subject, [edit.case], oracle=oracle).results
     assert result.verdict is Verdict.FAIL, result
 
@@ -176,7 +176,7 @@ def test_a_copy_without_an_edit_passes(
 ) -> None:
     real = load_subject(backend)
     copy = edited(backend, Edit("none", "model.py", "def ", "def "))
-    subject = Subject(backend, copy, real.features, real.dtypes)
+    subject = Subject(backend, copy, real.features, real.dtypes, tasks=real.tasks)
     cases = sorted({edit.case for edit in EDITS})
     results = run_conformance(subject, cases, oracle=oracle).results
     assert all(result.verdict is Verdict.PASS for result in results), results

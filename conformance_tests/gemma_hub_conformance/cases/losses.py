@@ -62,8 +62,8 @@ def cases() -> list[CaseSpec]:
     ]
     narrow = CaseSpec(
         "L5.causal.loss.bfloat16",
-        "The causal loss of a bfloat16 model is in float32.",
-        _causal,
+        "The causal loss of a bfloat16 model is computed from its logits in float32.",
+        _of_its_logits,
         dtype="bfloat16",
     )
     return [*named, narrow]
