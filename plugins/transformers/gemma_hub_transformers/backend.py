@@ -5,7 +5,8 @@ in docs/reference/transformers-backend.md.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -105,15 +106,25 @@ class TransformersModel:
         out = self._call(inputs, mask, past_key_values=cache.arrays, use_cache=True)
         return self._outputs(out), cache.advanced(inputs, cache.arrays)
 
+    @torch.enable_grad()
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Tensor]]:
-        """The loss of `inputs.labels` in eval mode, and its gradient by every parameter.
+        """The loss of `inputs.labels` without dropout, and its gradient by every parameter.
 
         Returns:
             The loss, and {canonical name: gradient in the parameter's shape and dtype}.
+
+        Raises:
+            UnsupportedFeature: the task has no loss.
+            InputError: there are no labels.
         """
+        if self.task == "base":
+            raise UnsupportedFeature("gradients", NAME, "The model without a head has no loss.")
+        if inputs.labels is None:
+            raise InputError("There are no labels, so that there is no loss. Give labels.")
         parameters = dict(named_parameters(self.native, self.task))
-        out = self._call(inputs, inputs.attention_mask, use_cache=False)
-        gradients = torch.autograd.grad(out.loss, list(parameters.values()))
+        with _everything_trains(self.native):
+            out = self._call(inputs, inputs.attention_mask, use_cache=False)
+            gradients = torch.autograd.grad(out.loss, list(parameters.values()))
         return float(out.loss.detach()), dict(zip(parameters, gradients, strict=True))
 
     def export(self) -> Weights:
@@ -195,3 +206,18 @@ class TransformersModel:
             attentions=out.attentions,
             as_numpy=self.to_numpy,
         )
+
+
+@contextmanager
+def _everything_trains(module: Any) -> Iterator[None]:
+    """Gradients for every parameter, frozen ones too, in eval mode; then all is as it was."""
+    modes = {part: part.training for part in module.modules()}
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        module.eval().requires_grad_(True)
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -221,3 +221,49 @@ def test_the_core_refuses_what_transformers_would_take(build, config):
     assert torch.isfinite(logits).all()
     with pytest.raises(InputError, match="batch_size=0"):
         build().init_cache(0, 4)
+
+
+def test_positions_of_the_caller_are_obeyed(build, config, batch):
+    ids = batch().input_ids
+    positions = [[0, 1, 2, 3, 20, 21, 22, 23, 24]]
+    inputs = ModelInputs.prepare(config(), ids, position_ids=positions)
+    found, expected = (build(name).forward(inputs).logits for name in ("transformers", "torch"))
+    assert distance(found, expected) < NOISE
+    counted = build().forward(ModelInputs.prepare(config(), ids)).logits
+    assert distance(counted, expected) > 1000 * NOISE
+
+
+@pytest.mark.parametrize("case", ["several", "regression"])
+def test_targets_are_taken_in_float32(case, build, config, batch):
+    _, changes, labels = LABELLED[case]
+    task, changed = "sequence_classification", config(**changes)
+    model = build(config=changed, task=task)
+    losses = [
+        model.forward(batch(changed, task=task, labels=labels.astype(dtype))).loss
+        for dtype in (np.float32, np.float64)
+    ]
+    assert torch.equal(*losses)
+
+
+def test_gradients_of_a_model_in_training_with_frozen_parameters(build, config, batch):
+    changed, task, inputs = labelled("token", config, batch)
+    expected = build(config=changed, task=task).loss_and_gradients(inputs)
+    model = build(config=changed, task=task)
+    model.native.train()
+    model.native.model.norm.weight.requires_grad_(False)
+    with torch.no_grad():
+        loss, gradients = model.loss_and_gradients(inputs)
+    assert loss == expected[0]
+    for name, gradient in expected[1].items():
+        assert torch.equal(gradients[name], gradient)
+    assert model.native.training
+    assert model.native.dropout.training
+    frozen = [name for name, p in model.native.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.norm.weight"]
+
+
+def test_no_gradients_without_a_loss(build, batch):
+    with pytest.raises(InputError, match="There are no labels"):
+        build().loss_and_gradients(batch())
+    with pytest.raises(UnsupportedFeature, match=r"'gradients'.*has no loss"):
+        build(task="base").loss_and_gradients(batch(task="base"))
