@@ -48,8 +48,9 @@ STEPS = 4
 
 
 def start() -> Arrays:
+    """Parameters of one's own: a torch model trains in the very arrays that it was built from."""
     weights = CHECKPOINT.weights()
-    return {name: weights.read(name) for name in weights.names()}
+    return {name: weights.read(name).copy() for name in weights.names()}
 
 
 def batch() -> ModelInputs:
@@ -125,7 +126,7 @@ def gradients_by_state(graphdef: Any, state: Any, call: Any, options: Any, key: 
 
 
 def train_torch(rule: Rule, steps: int, arrays: Arrays) -> Arrays:
-    model = built(TorchBackend(), {name: value.copy() for name, value in arrays.items()})
+    model = built(TorchBackend(), arrays)
     optimizer = rule.torch(model.native.parameters())
     arguments = model._arguments(batch())
     for _ in range(steps):
