@@ -18,7 +18,8 @@ class BaseModelOutput(NamedTuple):
         past_key_values: the cache with this call's tokens in it, where one was asked for.
         hidden_states: on request num_layers + 1 arrays (B, T, D): the scaled embedding, the output
             of each layer but the last, and the final norm's output.
-        attentions: on request one (B, N, T, S) array a layer.
+        attentions: on request one (B, N, T, S) array a layer, S the tokens so far; with a cache
+            all its slots, as shapes are fixed under jit.
     """
 
     last_hidden_state: Array

@@ -34,6 +34,8 @@ def padded_batch(padding: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     elif padding == "right":
         mask[1, 6:], mask[2, 10:] = 0, 0
     ids[mask == 0] = PAD
+    if padding == "in the text":  # the pad id as a real token
+        ids[1, 2:4] = PAD
     return ids, mask, np.where(mask == 1, np.cumsum(mask, 1) - 1, 0)
 
 
@@ -183,6 +185,33 @@ def test_the_meaning_of_labels_is_inferred_anew_at_each_call(written: Any, model
     assert single.loss == again.loss != several.loss
 
 
+def test_flax_takes_arrays_of_numpy(written: Any, both: Any) -> None:
+    models = both[1]
+    _, path = written("causal_lm")
+    ids, mask, _ = padded_batch("left")
+    labels = token_labels("causal_lm", mask)
+    arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    model = models.read("causal_lm", path)
+    expected, got = model(**models.arrays(arguments)), model(**arguments)
+    assert np.array_equal(got.logits, expected.logits)
+    assert got.loss == expected.loss
+    with pytest.raises(InputError, match="expected 0 to 60"):
+        model(ids + VOCABULARY)
+
+
+def test_torch_takes_narrow_integers(written: Any, both: Any) -> None:
+    models = both[0]
+    ids, _, _ = padded_batch("none")
+    cases = {"causal_lm": ids % LABELS, "sequence_classification": np.array([2, 0, 1])}
+    for task, labels in {**cases, "token_classification": ids % LABELS}.items():
+        model = models.read(task, written(task)[1])
+        wide, narrow = (
+            model(torch.tensor(ids, dtype=dtype), labels=torch.tensor(labels, dtype=dtype)).loss
+            for dtype in (torch.int64, torch.int32)
+        )
+        assert wide == narrow
+
+
 # -- gradients -------------------------------------------------------------------------------------
 
 
@@ -211,6 +240,8 @@ def assert_near_gradients(ours: dict[str, np.ndarray], theirs: Any) -> None:
         assert np.linalg.norm(ours[name] - gradient) < 1e-4 * norm, name
 
 
+# The pad id is looked up without a gradient, as in transformers, also where it is a real token.
+PADDINGS = ["none", "left", "right", "in the text"]
 # Flax compiles for a few seconds per entry: there, every shape and every head, not every pair.
 PAIRS = [(shape, task) for shape in SHAPES for task in TASKS[1:]]
 IN_FLAX = [
@@ -244,7 +275,7 @@ def gradient_case(
     return arguments, loss.item(), theirs, path
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("models", "shape", "task"), entries(IN_FLAX), indirect=["models"])
 def test_gradients_of_the_classes(
     written: Any, models: Any, shape: str, task: str, padding: str
@@ -256,7 +287,7 @@ def test_gradients_of_the_classes(
     assert_near_gradients(gradients, theirs)
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("models", "shape", "task"), entries(THROUGH_FLAX), indirect=["models"])
 def test_gradients_of_the_backends(
     written: Any, models: Any, shape: str, task: str, padding: str
