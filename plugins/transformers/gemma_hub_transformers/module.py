@@ -53,7 +53,8 @@ def build_module(config: GemmaConfig, task: str, weights: Weights, dtype: str, d
 
 def transformers_config(config: GemmaConfig, task: str, dtype: str) -> Any:
     """The same config as Transformers' own; its attention returns the probabilities."""
-    values = config.to_dict(task) | {"torch_dtype": dtype}
+    # A copy of everything: Transformers writes into the dictionaries that it is given.
+    values = copy.deepcopy(config.to_dict(task)) | {"torch_dtype": dtype}
     return transformers.GemmaConfig.from_dict(values, attn_implementation="eager")
 
 

@@ -58,6 +58,13 @@ def test_values_that_no_checkpoint_has_are_those_of_a_model_made_whole(scaling, 
     assert "inv_freq" not in str(list(build().native.state_dict()))
 
 
+def test_the_config_that_was_given_stays_as_it_is(build, config):
+    given = config(rope_scaling={"rope_type": "linear", "factor": 2.5})
+    build(config=given)
+    assert given == config(rope_scaling={"rope_type": "linear", "factor": 2.5})
+    assert given.rope_scaling == {"rope_type": "linear", "factor": 2.5}
+
+
 def test_a_value_that_is_not_made_is_a_typed_error(build, monkeypatch):
     monkeypatch.setattr(module, "_without_layers", lambda config: torch.nn.Module())
     with pytest.raises(PluginError, match=r"does not make.*inv_freq.*Install an older"):

@@ -267,3 +267,15 @@ def test_no_gradients_without_a_loss(build, batch):
         build().loss_and_gradients(batch())
     with pytest.raises(UnsupportedFeature, match=r"'gradients'.*has no loss"):
         build(task="base").loss_and_gradients(batch(task="base"))
+
+
+def test_gradients_flow_through_slots_that_see_nothing(build, batch):
+    # The first real token of a left-padded row has a label, which its padding predicts.
+    plain = batch()
+    inputs = batch(labels=np.where(plain.attention_mask, plain.input_ids, -100))
+    (loss, found), (expected_loss, expected) = (
+        build(name).loss_and_gradients(inputs) for name in ("transformers", "torch")
+    )
+    assert loss == pytest.approx(expected_loss, rel=NOISE)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert distance(found[name], expected[name]) > 1000 * NOISE
