@@ -313,6 +313,8 @@ class GemmaConfig:
             values["id2label"] = {str(i): name for i, name in self.id2label.items()}
         else:
             del values["id2label"]
+        if values["rope_scaling"] is not None:
+            values["rope_scaling"] = dict(values["rope_scaling"])
         values["hidden_act"] = self.hidden_activation
         values["torch_dtype"] = values.pop("dtype")
         for name in _TUPLES:

@@ -461,3 +461,9 @@ def test_errors_are_value_errors(tmp_path):
         config(head_dim=3)
     with pytest.raises(FileNotFoundError):
         GemmaConfig.from_pretrained(tmp_path)
+
+
+def test_what_to_dict_gives_away_is_a_copy():
+    scaled = config(rope_scaling=LINEAR)
+    scaled.to_dict()["rope_scaling"]["factor"] = 1e6
+    assert scaled.rope_factor == LINEAR["factor"]

@@ -183,9 +183,10 @@ def _weights(
         )
         for index, (parameter, shape) in enumerate(shapes)
     }
-    for array in arrays.values():
-        array.setflags(write=False)
-    return ArrayWeights({key: array.astype(DTYPES[dtype]) for key, array in arrays.items()})
+    stored = {key: array.astype(DTYPES[dtype]) for key, array in arrays.items()}
+    for array in stored.values():
+        array.setflags(write=False)  # one backend must not change what the next one is given
+    return ArrayWeights(stored)
 
 
 _FOLDERS: dict[str, tuple[tempfile.TemporaryDirectory[str], Weights]] = {}

@@ -13,10 +13,15 @@ DEFAULT = "torch"
 REFERENCE = "numpy"
 """The float64 reference: exact and slow, so nobody's default while there is another backend."""
 
-OFFICIAL = {"torch": "gemma-hub-torch", "flax": "gemma-hub-flax", "numpy": "gemma-hub-numpy"}
+OFFICIAL = {
+    "torch": "gemma-hub-torch",
+    "flax": "gemma-hub-flax",
+    "numpy": "gemma-hub-numpy",
+    "transformers": "gemma-hub-transformers",
+}
 """{backend: distribution} of this project, to say what to install. Nothing else depends on it."""
 
-OFFICIAL_CHECKPOINTS = {"tiny": "gemma-hub-tiny"}
+OFFICIAL_CHECKPOINTS = dict.fromkeys(("tiny", "tiny-intents", "tiny-slots"), "gemma-hub-tiny")
 """{checkpoint: distribution} of this project, to say what to install."""
 
 _ALIASES = {

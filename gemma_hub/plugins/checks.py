@@ -14,6 +14,7 @@ from gemma_hub.plugins.problems import PluginFailure
 from gemma_hub.plugins.spec import API_VERSION, BackendSpec, CheckpointSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_CHECKPOINT_NAME = re.compile(r"[a-z][a-z0-9_.-]*")  # as models are named: "tiny-intents"
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -49,7 +50,7 @@ def checked_checkpoints(returned: Sequence[object]) -> tuple[CheckpointSpec, ...
     for spec in _flatten("gemma_hub_checkpoints", CheckpointSpec, returned):
         assert isinstance(spec, CheckpointSpec)
         what = f"checkpoint {spec.name!r}"
-        _check_name(what, spec.name)
+        _check_checkpoint_name(what, spec.name)
         _check_text(what, "path", spec.path)
         _check_text(what, "summary", spec.summary, may_be_empty=True)
         specs.append(spec)
@@ -154,6 +155,15 @@ def _check_name(what: str, name: object) -> None:
         raise _wrong(
             what,
             "is no valid name; expected lower case letters, digits and underscores, a letter first",
+        )
+
+
+def _check_checkpoint_name(what: str, name: object) -> None:
+    if not _matches(_CHECKPOINT_NAME, name):
+        raise _wrong(
+            what,
+            "is no valid name; expected lower case letters, digits, and any of '_', '-' and '.', a "
+            "letter first",
         )
 
 

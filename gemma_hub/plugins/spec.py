@@ -36,7 +36,7 @@ class CheckpointSpec:
     """One installed checkpoint that users load by name.
 
     Attributes:
-        name: the name users type ("tiny").
+        name: the name users type ("tiny-intents"): lower case letters, digits, "_", "-" and ".".
         path: the folder, in the Hugging Face layout.
         summary: one line for `gemma-hub doctor`.
     """

@@ -218,7 +218,7 @@ def test_entry_point_may_name_an_object(environment):
     class Hooks:
         @hookimpl
         def gemma_hub_checkpoints(self):
-            return [CheckpointSpec(name="small", path="x")]
+            return [CheckpointSpec(name="small-1.1", path="x")]
 
     hooks = Hooks()
     """
@@ -227,7 +227,7 @@ def test_entry_point_may_name_an_object(environment):
     (info / "entry_points.txt").write_text(f"[gemma_hub]\na = {module}:hooks\n")
     registry = environment.registry()
     assert registry.problems() == ()
-    assert list(registry.checkpoints()) == ["small"]
+    assert list(registry.checkpoints()) == ["small-1.1"]
 
 
 def test_registry_of_given_entry_points(environment):

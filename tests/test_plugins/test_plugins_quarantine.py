@@ -78,6 +78,11 @@ BAD = {
         "specs",
         "path None.*expected a string",
     ),
+    "checkpoint with a slash in its name": (
+        returning('[CheckpointSpec(name="a/b", path="x")]', "gemma_hub_checkpoints"),
+        "specs",
+        "'a/b' is no valid name",
+    ),
     "name with capitals": (with_field(name="Bad"), "specs", "'Bad' is no valid name"),
     "name that is no string": (with_field(name=7), "specs", "7 is no valid name"),
     "factory without a class": (with_field(factory="bad"), "specs", "expected 'module:Class'"),
