@@ -49,7 +49,7 @@ EDITS = [
         "k = rotate(k, angles)",
         "k, v = rotate(k, angles), rotate(v, angles)",
     ),
-    Edit("attention scale", "model.py", "mask, self.scale)", "mask, self.scale * 1.001)"),
+    Edit("attention scale", "model.py", "mask, self.scale, ", "mask, self.scale * 1.001, "),
     Edit("no first residual", "model.py", "x = x + out", "x = out"),
     Edit("no second residual", "model.py", "x = x + self.mlp", "x = self.mlp"),
     Edit(
@@ -58,7 +58,7 @@ EDITS = [
     Edit("gate added", "model.py", "(gate * self.up", "(gate + self.up"),
     Edit("gate and up exchanged", "model.py", "gate = self.gate_proj(x)", "gate = self.up_proj(x)"),
     Edit("exact GELU", "model.py", ('"tanh"', "approximate=True"), ('"none"', "approximate=False")),
-    Edit("no embedding scale", "model.py", "x = x * scale", "x = x"),
+    Edit("no embedding scale", "model.py", "self.config.embedding_scale", "1.0"),
     Edit("no final norm", "model.py", "hidden_states[-1] = self.norm(x)", "hidden_states[-1] = x"),
     Edit(
         "head always tied",
@@ -127,6 +127,58 @@ EDITS = [
         ("linear(x, self.weight, self.bias)", "None if self.bias is None else self.bias[...]"),
         ("linear(x, self.weight)", "None"),
         "L2.forward.bias.no_padding",
+    ),
+    Edit(
+        "labels not shifted",
+        "losses.py",
+        "logits[:, :-1], labels[:, 1:], num",
+        "logits, labels, num",
+        "L5.causal.loss.no_padding",
+    ),
+    Edit(
+        "ignored labels counted",
+        "losses.py",
+        "counted = labels != IGNORED",
+        "counted = labels == labels",
+        "L5.causal.loss.ignored_labels",
+    ),
+    Edit(
+        "number of items ignored",
+        "losses.py",
+        "if num_items is None else num_items",
+        "if True else num_items",
+        "L5.causal.loss.num_items",
+    ),
+    Edit(
+        "half of binary cross entropy",
+        "losses.py",
+        " + (1.0 - y) * log_sigmoid(-z)",
+        "",
+        "L5.sequence.loss.multi_label",
+    ),
+    Edit(
+        "squared error of the sign",
+        "losses.py",
+        "(difference * difference)",
+        "(abs(difference))",
+        "L5.sequence.loss.regression",
+    ),
+    Edit(
+        "first token pooled",
+        "model.py",
+        "pooled_positions])",
+        "pooled_positions * 0])",
+        "L5.sequence.logits.left_padding",
+    ),
+    Edit(
+        "half the gradient of the norms",
+        "model.py",
+        ("self.offset + self.weight.to", "self.offset + self.weight.astype"),
+        (
+            "self.offset + (0.5 * (self.weight + self.weight.detach())).to",
+            "self.offset + (0.5 * (self.weight + jax.lax.stop_gradient(self.weight[...]))).astype",
+        ),
+        "L5.gradients.causal.gqa",
     ),
 ]
 
