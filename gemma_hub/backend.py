@@ -79,8 +79,8 @@ class Cache:
             or min(batch_size, max_length) < 1
         ):
             raise InputError(
-                f"A cache of batch_size={batch_size!r} and max_length={max_length!r} was asked for; "
-                "both must be integers from 1 up."
+                f"A cache of batch_size={batch_size!r} and max_length={max_length!r} was asked "
+                "for; both must be integers from 1 up."
             )
         valid = np.zeros((batch_size, max_length), np.bool_)
         return cls(arrays, valid, 0, np.zeros(batch_size, np.int64))
@@ -104,8 +104,8 @@ class Cache:
             raise InputError(f"The inputs have {batch} rows and the cache {len(self.valid)}.")
         if self.length + new > self.capacity:
             raise CapacityError(
-                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not fit. "
-                "Make a larger one with init_cache(batch_size, max_length)."
+                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not "
+                "fit. Make a larger one with init_cache(batch_size, max_length)."
             )
         valid = self.valid.copy()
         valid[:, self.length : self.length + new] = inputs.attention_mask

@@ -4,7 +4,7 @@ GemmaHubError
 ├── ConfigError (ValueError)                a config.json value or key is wrong
 ├── CheckpointError (ValueError)            a checkpoint's files or tensors are wrong
 │   └── CheckpointNotFoundError (+ FileNotFoundError)
-├── TokenizerError (ValueError)             a vocabulary is unusable, or a text cannot be encoded with it
+├── TokenizerError (ValueError)             a vocabulary is unusable, or a text cannot be encoded
 ├── InputError (ValueError)                 an argument of a call is wrong: shape, id, setting
 │   └── CapacityError                       past the cache's capacity or the model's position limit
 ├── BackendNotFoundError (LookupError)      no backend of that name, or two that claim it

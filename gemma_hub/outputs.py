@@ -17,8 +17,8 @@ class ModelOutputs:
     Attributes:
         logits: (B, T, V) float32; only the last `logits_to_keep` positions where that was asked.
         hidden_states: num_hidden_layers + 1 arrays (B, T, D) in the compute dtype, on request: the
-            scaled embedding, the output of each layer but the last, and last the final norm's output
-            (the same entries as in Transformers).
+            scaled embedding, the output of each layer but the last, and last the final norm's
+            output (the same entries as in Transformers).
         as_numpy: turns one of the arrays into NumPy; bfloat16 becomes float32.
     """
 
