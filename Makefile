@@ -5,9 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 REPORT ?= report
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DISTRIBUTIONS = -e . -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e plugins/transformers \
-    -e conformance_tests
-STORY = tiny "Once upon a time" --dtype float32 --temperature 0.8 --top-k 40 --seed 7 --max-new-tokens 80
+PLUGINS = -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e plugins/transformers -e conformance_tests
+STORY = tiny "Once upon a time" --dtype float32 --temperature 0.6 --top-p 0.9 --seed 7 --max-new-tokens 80
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -39,9 +38,9 @@ $(VENV)/.installed: $(PROJECTS)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gemma_hub needs Python 3.11 or newer; this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); a few minutes the first time."
-	$(PIP) $(DISTRIBUTIONS)
+	$(PIP) -e . $(PLUGINS)
 	@touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(PIP) $(DISTRIBUTIONS) ".[test,lint]"
+	$(PIP) -e ".[test,lint]" $(PLUGINS)
 	@touch $@

@@ -105,21 +105,23 @@ class FlaxLearner:
 def label_with(names: Sequence[str]) -> Label:
     """The labels of a query's tokens as indices of `names`."""
     index = {name: i for i, name in enumerate(names)}
-    return lambda query, offsets: [index[n] for n in slots.labels_of(query.spans, offsets)]
+    return lambda query, offsets: [
+        index[n] for n in slots.labels_of(query.text, query.spans, offsets)
+    ]
 
 
 def judge_with(names: Sequence[str], tokenizer: GemmaTokenizer) -> Judge:
     """The F1 of spans, from logits over `names`."""
 
-    def f1(asked: Sequence[Query], logits: Sequence[np.ndarray]) -> float:
+    def judge(asked: Sequence[Query], logits: Sequence[np.ndarray]) -> dict[str, float]:
         found = []
         for query, rows in zip(asked, logits, strict=True):
             _, offsets = tokenizer.encode_with_offsets(query.text, add_special_tokens=False)
             labels = [names[i] for i in rows.argmax(-1)]
             found.append(slots.spans_of(query.text, labels, offsets))
-        return slots.score([query.spans for query in asked], found).f1
+        return {"score": slots.score([query.spans for query in asked], found).f1}
 
-    return f1
+    return judge
 
 
 def main(

@@ -29,7 +29,7 @@ FILES = {
 
 
 def test_the_plugin_names_the_folder_that_ships():
-    (spec,) = gemma_hub_checkpoints()
+    spec = gemma_hub_checkpoints()[0]
     assert spec.name == "tiny"
     assert {path.name for path in Path(spec.path).iterdir()} == FILES
 

@@ -69,6 +69,8 @@ def test_substitution_keeps_slots_and_changes_their_texts(queries, query):
     changed = queries.substituted(query, values, 1.0, rng)
     assert changed.text == "play rock by Ann"
     assert changed.spans == [("genre", 5, 9), ("artist", 13, 16)]
+    texts = {queries.substituted(query, values, 0.5, rng).text for _ in range(50)}
+    assert len(texts) == 4  # each slot by itself: filled anew or not
     assert queries.values_of([query, query])["genre"] == ["some jazz"] * 2
 
 
@@ -82,19 +84,47 @@ def test_the_files_are_the_benchmark(queries, queries_folder):
 # -- slots -----------------------------------------------------------------------------------------
 
 
-def test_a_token_has_the_slot_that_it_shares_a_character_with(slots, query):
-    offsets = [(0, 4), (4, 9), (9, 12), (12, 14), (14, 18), (18, 22), (22, 23)]
-    labels = slots.labels_of(query.spans, offsets)
-    assert labels == ["O", "genre", "genre", "genre", "O", "artist", "O"]
-    assert slots.spans_of(query.text, labels, offsets) == query.spans
+def test_the_labels_of_words_go_to_their_tokens(slots, query):
+    text = query.text  # "play some jazz by  Bob "
+    offsets = [(0, 4), (4, 9), (9, 12), (12, 14), (14, 18), (18, 20), (20, 22), (22, 23)]
+    labels = slots.labels_of(text, query.spans, offsets)
+    assert labels == ["O", "B-genre", "I-genre", "I-genre", "O", "B-artist", "B-artist", "O"]
+    assert slots.spans_of(text, labels, offsets) == query.spans
 
 
-def test_another_label_ends_a_span_and_spaces_are_none(slots):
-    text, offsets = "a b  c", [(0, 1), (1, 3), (3, 4), (4, 6)]
-    assert slots.spans_of(text, ["x", "y", "y", "x"], offsets) == [
-        ("x", 0, 1), ("y", 2, 3), ("x", 5, 6)
-    ]  # fmt: skip
-    assert slots.spans_of(text, ["O", "O", "x", "O"], offsets) == []
+def test_a_word_is_read_from_its_last_token(slots):
+    offsets = [(0, 2), (2, 4)]
+    assert slots.spans_of("Rome", ["B-artist", "B-city"], offsets) == [("city", 0, 4)]
+    assert slots.spans_of("Rome", ["B-artist", "O"], offsets) == []
+    # Two byte tokens of one character.
+    assert slots.spans_of("é", ["O", "B-city"], [(0, 1), (0, 1)]) == [("city", 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "spans"),
+    [
+        ("B-x B-x O", [("x", 0, 1), ("x", 2, 3)]),
+        ("B-x I-x O", [("x", 0, 3)]),
+        ("I-x I-x I-x", [("x", 0, 5)]),
+        ("B-x I-y I-y", [("y", 0, 5)]),
+        ("I-x O I-x", [("x", 0, 1), ("x", 4, 5)]),
+        ("O O O", []),
+    ],
+)
+def test_how_labels_make_spans(slots, labels, spans):
+    assert slots.spans_of("a b c", labels.split(), [(0, 1), (1, 3), (3, 5)]) == spans
+
+
+def test_punctuation_is_a_word_of_its_own(slots):
+    text, spans = "in New-York.", [("city", 3, 11)]
+    offsets = [(0, 2), (2, 6), (6, 7), (7, 11), (11, 12)]
+    labels = slots.labels_of(text, spans, offsets)
+    assert labels == ["O", "B-city", "I-city", "I-city", "O"]
+    assert slots.spans_of(text, labels, offsets) == spans
+
+
+def test_names_of_labels(slots, query):
+    assert slots.names_of([query]) == ["O", "B-artist", "I-artist", "B-genre", "I-genre"]
 
 
 def test_a_span_is_right_only_if_slot_start_and_end_are(slots):
@@ -191,7 +221,7 @@ def test_it_stops_without_progress_and_keeps_the_best(finetuning, queries):
         data,
         Characters(),
         lambda *_: 0,
-        lambda *_: next(scores),
+        lambda *_: {"score": next(scores)},
         finetuning.Settings(epochs=9, patience=3, rows=2),
     )
     assert [point["score"] for point in history.curve] == [0.1, 0.5, 0.3, 0.5, 0.4]

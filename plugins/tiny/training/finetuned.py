@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, ClassVar
 
 from gemma_hub import Gemma, GemmaTokenizer
 from training import queries, slots
@@ -43,7 +43,10 @@ class Tuned:
     history: History
     base: Path
 
-    card = ""
+    card: ClassVar[str]
+    """File of the card's template."""
+    point: ClassVar[str]
+    """Its line for one epoch."""
 
     def results(self, folder: Path) -> dict[str, Any]:
         """Figures of the checkpoint in `folder` on the held-out queries."""
@@ -61,6 +64,7 @@ class Intents(Tuned):
     """A classifier of whole queries."""
 
     card = "intents.md"
+    point = "| {epoch} | {loss:.3f} | {lack:.4f} | {accuracy:.4f} |"
 
     def results(self, folder: Path) -> dict[str, Any]:
         asked = self.data.held_out
@@ -94,6 +98,7 @@ class Slots(Tuned):
     """A classifier of tokens."""
 
     card = "slots.md"
+    point = "| {epoch} | {loss:.3f} | {score:.4f} |"
 
     def results(self, folder: Path) -> dict[str, Any]:
         asked = self.data.held_out
@@ -117,7 +122,7 @@ class Slots(Tuned):
             "f1": f"{held_out['all']['f1']:.4f}",
             "spans": f"{held_out['all']['expected']:,}",
             "best_possible": f"{held_out['best_possible_f1']:.4f}",
-            "num_labels": 1 + len({s for q in self.data.training for s, _, _ in q.spans}),
+            "num_labels": len(slots.names_of(self.data.training + self.data.stopping)),
             "classes": "\n".join(
                 row(name, s)
                 for name, s in [("**all**", held_out["all"]), *held_out["slots"].items()]
@@ -194,7 +199,8 @@ def best_possible(asked: list[Query], folder: Path) -> float:
     found = []
     for query in asked:
         _, offsets = tokenizer.encode_with_offsets(query.text, add_special_tokens=False)
-        found.append(slots.spans_of(query.text, slots.labels_of(query.spans, offsets), offsets))
+        labels = slots.labels_of(query.text, query.spans, offsets)
+        found.append(slots.spans_of(query.text, labels, offsets))
     return round(slots.score([query.spans for query in asked], found).f1, 6)
 
 
@@ -247,8 +253,7 @@ def _card(tuned: Tuned, folder: Path, figures: dict[str, Any]) -> str:
         minutes=max(1, round(figures["seconds"] / 60)),
         best_epoch=figures["best_epoch"],
         curve="\n".join(
-            f"| {point['epoch']} | {point['loss']:.3f} | {point['score']:.4f} |"
-            for point in figures["curve"]
+            tuned.point.format(**point | {"lack": -point["score"]}) for point in figures["curve"]
         ),
         files="\n".join(map(_file_line, sorted(folder.iterdir()))),
         **tuned.words(figures["held_out"]),

@@ -65,8 +65,8 @@ class Learner(Protocol):
 
 Label = Callable[[Query, list[tuple[int, int]]], int | list[int]]
 """The label of a query, or those of its tokens, whose characters are given (none for <bos>)."""
-Judge = Callable[[Sequence[Query], Sequence[np.ndarray]], float]
-"""The score, higher is better, of queries from the logits of each."""
+Judge = Callable[[Sequence[Query], Sequence[np.ndarray]], dict[str, float]]
+"""Figures of queries from the logits of each; "score" is the one that decides, higher is better."""
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
@@ -142,7 +142,8 @@ class History:
     """What came of it.
 
     Attributes:
-        curve: for each epoch its number, the mean loss of its steps, and the score after it.
+        curve: for each epoch its number, the mean loss of its steps, and the judge's figures after
+            it.
         best: the entry of `curve` whose weights the learner has now.
         seconds: the time it took.
     """
@@ -178,12 +179,11 @@ def fine_tune(
                 losses.append(learner.update(next(batches)))
                 progress.advance(task)
             logits = predicted(learner, data.stopping, tokenizer, label, settings.rows)
-            score = judge(data.stopping, logits)
-            loss = float(np.mean(losses))
-            curve.append({"epoch": epoch, "loss": round(loss, 4), "score": round(score, 4)})
+            figures = {"loss": float(np.mean(losses)), **judge(data.stopping, logits)}
+            curve.append({"epoch": epoch} | {k: round(v, 4) for k, v in figures.items()})
             if not best or curve[-1]["score"] > best["score"]:
                 best, weights = curve[-1], learner.weights()
-            progress.update(task, note=f"loss {loss:.3f}  score {score:.4f}")
+            progress.update(task, note=f"loss {figures['loss']:.3f}  score {figures['score']:.4f}")
             if epoch - best["epoch"] >= settings.patience:
                 break
     learner.restore(weights)

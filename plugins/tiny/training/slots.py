@@ -1,43 +1,72 @@
-"""Slots as labels of tokens, and the score of spans.
+"""Slots as labels of tokens, back from labels to spans, and the score of spans.
 
-A token has the label of the slot that it shares a character with, or "O". There is no mark for the
-first token of a slot: in these queries no slot follows another of the same kind without a word
-between them, so that runs of like labels give back every span.
+Labels are those of words: "B-city" for the first word of a city, "I-city" for its other words, "O"
+for the rest. A word is a run of letters and digits, or one other character that is not a space. All
+tokens of a word have its label, and the label of a word is read from its last token, the only one
+that has seen the whole word: a Gemma reads from left to right.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from training.queries import Query, Span
 
 OUTSIDE = "O"
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+Offsets = Sequence[tuple[int, int]]
+"""Of each token the index of its first character, and the index after its last one."""
 
 
 def names_of(queries: Iterable[Query]) -> list[str]:
-    """The labels: "O", then the slots in alphabetical order."""
-    return [OUTSIDE, *sorted({slot for query in queries for slot, _, _ in query.spans})]
+    """The labels: "O", then two for each slot, in alphabetical order of the slots."""
+    slots = sorted({slot for query in queries for slot, _, _ in query.spans})
+    return [OUTSIDE, *(f"{mark}-{slot}" for slot in slots for mark in "BI")]
 
 
-def labels_of(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> list[str]:
-    """The label of each token, from the characters that the tokens come from."""
-    return [
-        next((slot for slot, first, last in spans if start < last and first < end), OUTSIDE)
-        for start, end in offsets
-    ]
+def labels_of(text: str, spans: Sequence[Span], offsets: Offsets) -> list[str]:
+    """The label of each token, from where it is in `text`."""
+    words = dict(_words(text, spans))
+    labels = []
+    for start, end in offsets:
+        end = start + len(text[start:end].rstrip())
+        inside = [name for (i, j), name in words.items() if start < end and i < end <= j]
+        labels.append(inside[0] if inside else OUTSIDE)
+    return labels
 
 
-def spans_of(text: str, labels: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[Span]:
-    """The runs of tokens with the same slot, without spaces at their ends."""
-    spans = []
-    for label, run in groupby(zip(labels, offsets, strict=True), key=lambda pair: pair[0]):
-        places = [place for _, place in run]
-        start, end = places[0][0], places[-1][1]
-        inner = text[start:end]
-        if label != OUTSIDE and inner.strip():
-            left = len(inner) - len(inner.lstrip())
-            spans.append((label, start + left, start + len(inner.rstrip())))
+def _words(text: str, spans: Sequence[Span]) -> Iterator[tuple[tuple[int, int], str]]:
+    """Place and label of each word."""
+    begun: set[Span] = set()
+    for match in _WORD.finditer(text):
+        i, j = match.span()
+        span = next((span for span in spans if i < span[2] and span[1] < j), None)
+        if span is None:
+            yield (i, j), OUTSIDE
+        else:
+            yield (i, j), f"{'I' if span in begun else 'B'}-{span[0]}"
+            begun.add(span)
+
+
+def spans_of(text: str, labels: Sequence[str], offsets: Offsets) -> list[Span]:
+    """The spans that the labels of the tokens make.
+
+    A word with "B-", and one with "I-" after "O", begins a span; "I-" goes on with it, whatever the
+    slot. Where its words name several slots, the last one counts: it has seen the most.
+    """
+    spans: list[Span] = []
+    is_open = False
+    for match in _WORD.finditer(text):
+        i, j = match.span()
+        covering = [n for n, (a, b) in zip(labels, offsets, strict=True) if a < j <= b]
+        mark, _, slot = (covering[-1] if covering else OUTSIDE).partition("-")
+        if mark == "I" and is_open:
+            spans[-1] = (slot, spans[-1][1], j)
+        elif mark != OUTSIDE:
+            spans.append((slot, i, j))
+        is_open = mark != OUTSIDE
     return spans
 
 
