@@ -90,9 +90,8 @@ def pad(rows: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(module: nn.Module, ids: Tensor) -> Tensor:
-    # Padding is on the right, where no real token sees it, so all may count as valid.
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    logits: Tensor = module(ids, positions, torch.ones_like(ids, dtype=torch.bool))[0]
+    # Padding is on the right, where no real token sees it, so all may count as real.
+    logits: Tensor = module(ids, use_cache=False).logits
     return logits
 
 
