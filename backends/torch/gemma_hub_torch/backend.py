@@ -86,8 +86,9 @@ class TorchModel:
 
     @torch.no_grad()
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
-        """Outputs of whole sequences, without a cache."""
-        return self._outputs(self.native(**self._arguments(inputs), use_cache=False))
+        """Outputs of whole sequences, without a cache and without dropout."""
+        with _without_dropout(self.native):
+            return self._outputs(self.native(**self._arguments(inputs), use_cache=False))
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache of `max_length` slots in the compute dtype."""
@@ -96,10 +97,11 @@ class TorchModel:
 
     @torch.no_grad()
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
-        """Outputs for the tokens after those in `cache`; overwrites its arrays."""
+        """Outputs for the tokens after those in `cache`; overwrites its arrays. No dropout."""
         cache.admit(inputs)
         past: KeyValueCache = cache.arrays
-        out = self.native(**self._arguments(inputs), past_key_values=past)
+        with _without_dropout(self.native):
+            out = self.native(**self._arguments(inputs), past_key_values=past)
         return self._outputs(out), cache.advanced(inputs, out.past_key_values)
 
     @torch.enable_grad()
@@ -166,15 +168,26 @@ class TorchModel:
 
 
 @contextmanager
-def _everything_trains(module: nn.Module) -> Iterator[None]:
-    """Gradients for every parameter, frozen ones too, in eval mode; then all is as it was."""
-    modes = {part: part.training for part in module.modules()}
-    frozen = [p for p in module.parameters() if not p.requires_grad]
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Eval mode, whatever the user set; then every part is as it was."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
-        module.eval().requires_grad_(True)
         yield
     finally:
-        for part, training in modes.items():
-            part.training = training
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def _everything_trains(module: nn.Module) -> Iterator[None]:
+    """Gradients for every parameter, frozen ones too, without dropout; then all is as it was."""
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    try:
+        module.requires_grad_(True)
+        with _without_dropout(module):
+            yield
+    finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -11,7 +11,9 @@ import transformers
 
 import gemma_hub_torch
 from gemma_hub import GemmaConfig
+from gemma_hub.inputs import ModelInputs
 from gemma_hub_torch import GemmaForCausalLM, GemmaForTokenClassification
+from gemma_hub_torch.backend import TorchModel
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.model import Attention
 from gemma_hub_torch.outputs import HeadOutput
@@ -233,6 +235,20 @@ def test_dropout_is_of_the_training_mode_only() -> None:
     assert torch.equal(new().train()(ids).logits, new().eval()(ids).logits)  # a rate of 0
     x = torch.ones(5)
     assert dropout(x, 0.0) is x
+
+
+def test_the_backend_computes_without_dropout_whatever_the_mode() -> None:
+    native = new(attention_dropout=RATE)
+    model, inputs = TorchModel(native), ModelInputs.prepare(native.config, batch())
+    expected = TorchModel(native.eval()).forward(inputs).logits
+    native.train()
+    native.model.layers[1].eval()  # a part that the user took out of training
+    extended, _ = model.extend(inputs, model.init_cache(2, 9))
+    assert torch.equal(model.forward(inputs).logits, expected)
+    assert torch.allclose(extended.logits, expected, atol=1e-5)
+    assert native.training
+    assert native.model.layers[0].training
+    assert not native.model.layers[1].training
 
 
 # -- gradient checkpointing -----------------------------------------------------------------------
