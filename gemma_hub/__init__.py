@@ -7,17 +7,25 @@ if TYPE_CHECKING:
     from gemma_hub.config import GemmaConfig
     from gemma_hub.gemma import Gemma
     from gemma_hub.parity import parity
-    from gemma_hub.tokenizers import GemmaTokenizer
+    from gemma_hub.tokenizers import GemmaTokenizer, GemmaTokenizerFast
 
     __version__: str
 
-__all__ = ["Gemma", "GemmaConfig", "GemmaTokenizer", "__version__", "parity"]
+__all__ = [
+    "Gemma",
+    "GemmaConfig",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
+    "__version__",
+    "parity",
+]
 
 # PEP 562: a name is imported when it is first used, so that `import gemma_hub` costs nothing.
 _HOMES = {
     "Gemma": "gemma_hub.gemma",
     "GemmaConfig": "gemma_hub.config",
     "GemmaTokenizer": "gemma_hub.tokenizers",
+    "GemmaTokenizerFast": "gemma_hub.tokenizers",
 }
 
 

@@ -1,17 +1,14 @@
 """Gemma.load: from a checkpoint's name to a model that runs, on any backend."""
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 from gemma_hub.backend import BuildOptions, TaskSpec
-from gemma_hub.checkpoints import Checkpoint, open_checkpoint
+from gemma_hub.checkpoints import open_checkpoint
 from gemma_hub.config import CLASSIFICATIONS, GemmaConfig
 from gemma_hub.config_checks import resolved_labels
 from gemma_hub.errors import (
-    CheckpointNotFoundError,
     ConfigError,
     InputError,
     PluginError,
@@ -20,12 +17,13 @@ from gemma_hub.errors import (
 )
 from gemma_hub.parameters import DTYPES
 from gemma_hub.plugins.registry import LoadedBackend, plugin_registry
+from gemma_hub.source import resolved
 from gemma_hub.tasks.causal_lm import CausalLM
 from gemma_hub.tasks.embedding import BaseModel
 from gemma_hub.tasks.loaded_model import LoadedModel
 from gemma_hub.tasks.sequence_classification import SequenceClassifier
 from gemma_hub.tasks.token_classification import TokenClassifier
-from gemma_hub.tokenizers import GemmaTokenizer
+from gemma_hub.tokenizers import open_tokenizer
 
 TASKS: dict[str, type[LoadedModel]] = {
     kind.task: kind for kind in (CausalLM, BaseModel, SequenceClassifier, TokenClassifier)
@@ -44,7 +42,6 @@ _PROMISES = {
     "export": ("export",),
     "gradients": ("loss_and_gradients",),
 }
-_REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Gemma:
@@ -176,7 +173,7 @@ class Gemma:
             config,
             backend=loaded,
             dtype=dtype,
-            tokenizer=_tokenizer(checkpoint),
+            tokenizer=open_tokenizer(checkpoint.path),
             files=[path for name in _COMPANIONS if (path := checkpoint.path / name).is_file()],
             **ends,
         )
@@ -196,32 +193,6 @@ def _number_of_labels(task: str, num_labels: int | None, id2label: Any) -> int |
         return len(resolved_labels(num_labels, id2label))
     except ConfigError as error:
         raise InputError(str(error)) from error
-
-
-def _tokenizer(checkpoint: Checkpoint) -> GemmaTokenizer | None:
-    path = checkpoint.tokenizer_path
-    return None if path is None else GemmaTokenizer.from_pretrained(path)
-
-
-def resolved(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` means; it need not exist where `source` can only be a path."""
-    name = os.fspath(source)
-    path = Path(name).expanduser()
-    if path.exists() or isinstance(source, os.PathLike):
-        return path
-    if _REPO_ID.fullmatch(name):
-        folder = name.rpartition("/")[2]
-        raise CheckpointNotFoundError(
-            f"There is no folder {name!r}. If it is a repository of the Hugging Face hub: this "
-            "version does not fetch from there. Download it with 'pip install huggingface_hub' "
-            f"and 'hf download {name} --local-dir {folder}', then load {folder!r}."
-        )
-    if name.startswith((".", "~")) or os.sep in name or (os.altsep or os.sep) in name:
-        return path
-    try:
-        return Path(plugin_registry().checkpoint(name).path)
-    except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(f"{error} There is no folder of that name either.") from None
 
 
 def check_name(what: str, name: Any, known: Collection[str]) -> None:

@@ -93,7 +93,6 @@ class Checkpoint:
             head is in memory.
         eos_token_ids: ids that end a text, from generation_config.json if it has them.
         dtype: the type that the embedding is stored in, a key of `gemma_hub.parameters.DTYPES`.
-        tokenizer_path: the folder's tokenizer.model, or None.
     """
 
     path: Path
@@ -101,7 +100,6 @@ class Checkpoint:
     weights: Weights
     eos_token_ids: tuple[int, ...]
     dtype: str
-    tokenizer_path: Path | None
 
 
 def open_checkpoint(
@@ -156,14 +154,12 @@ def open_checkpoint(
     weights: Weights = MappedWeights({name: tensors[name] for name in names})
     if needs_head:
         weights = with_new_head(weights, config, task, seed)
-    tokenizer = folder / "tokenizer.model"
     return Checkpoint(
         path=folder,
         config=config,
         weights=weights,
         eos_token_ids=read_eos_token_ids(folder, config),
         dtype=tensors[EMBEDDING].dtype,
-        tokenizer_path=tokenizer if tokenizer.is_file() else None,
     )
 
 

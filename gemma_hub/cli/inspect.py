@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Describe a checkpoint without loading it; exit code 1 if something is wrong with it."""
     from gemma_hub.checkpoints import describe_checkpoint
-    from gemma_hub.gemma import resolved
+    from gemma_hub.source import resolved
 
     description = describe_checkpoint(resolved(path))
     if as_json:

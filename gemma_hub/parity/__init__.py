@@ -55,15 +55,14 @@ def parity(
         InputError: an argument is wrong.
     """
     from gemma_hub.checkpoints import open_checkpoint
-    from gemma_hub.gemma import resolved
     from gemma_hub.parity.compare import compare
     from gemma_hub.parity.texts import prompts
     from gemma_hub.plugins.registry import plugin_registry
-    from gemma_hub.tokenizers import GemmaTokenizer
+    from gemma_hub.source import resolved
+    from gemma_hub.tokenizers import open_tokenizer
 
     checkpoint = open_checkpoint(resolved(source))
-    path = checkpoint.tokenizer_path
-    tokenizer = None if path is None else GemmaTokenizer.from_pretrained(path)
+    tokenizer = open_tokenizer(checkpoint.path)
     return compare(
         plugin_registry(),
         checkpoint.config,

@@ -11,10 +11,12 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: number of ids; they run from 0 to vocab_size - 1.
         bos_token_id: put in front of every text.
-        eos_token_id: ends a text; never added by `encode`.
+        eos_token_id: ends a text.
         pad_token_id: fills rows up; models mask it.
         unk_token_id: stands for text that the vocabulary cannot spell.
         special_token_ids: tokens that mark structure and are no part of a text.
+        drops_first_space: whether texts get a space in front, which decoding takes away; not so in
+            Gemma.
     """
 
     @property
@@ -29,15 +31,17 @@ class Tokenizer(Protocol):
     def unk_token_id(self) -> int: ...
     @property
     def special_token_ids(self) -> frozenset[int]: ...
+    @property
+    def drops_first_space(self) -> bool: ...
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, allow_special: bool = True
+        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True
     ) -> list[int]:
         """Ids of `text`.
 
         Args:
             text: any Unicode text.
-            add_special_tokens: put <bos> in front.
+            add_special_tokens: put <bos> in front, and whatever else the tokenizer is set to.
             allow_special: whether text that spells a special token, such as "<end_of_turn>",
                 becomes that token. False keeps all of it plain text: use it for what users type.
 
@@ -62,6 +66,10 @@ class Tokenizer(Protocol):
         Raises:
             TokenizerError: an id is not an integer, or outside the vocabulary.
         """
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, in UTF-8. A byte piece is that byte, part of a character."""
         ...
 
     def token_to_id(self, piece: str) -> int | None:

@@ -1,11 +1,9 @@
 """IncrementalDecoder: the text of a stream of ids, as soon as it is certain."""
 
 import codecs
-import re
 
 from gemma_hub.tokenizers.protocol import Tokenizer
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+from gemma_hub.tokenizers.text import REPLACE_EACH_BYTE
 
 
 class IncrementalDecoder:
@@ -24,7 +22,8 @@ class IncrementalDecoder:
         """
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._held: list[int] = []  # byte tokens that begin a character
+        self._drops_space = False  # until the first token that is text, in some vocabularies
+        self._begin()
 
     def push(self, token_id: int) -> str:
         """The text that is certain once `token_id` has come; often empty or a whole word.
@@ -32,31 +31,22 @@ class IncrementalDecoder:
         Raises:
             TokenizerError: there is no such token.
         """
-        if self._skip and token_id in self._tokenizer.special_token_ids:
-            return ""
-        ids = [*self._held, token_id]
-        done = len(ids) - _unfinished(b"".join(map(self._byte, ids)))
-        self._held = ids[done:]
-        return self._tokenizer.decode(ids[:done])
+        data = self._tokenizer.token_bytes(token_id)
+        if token_id in self._tokenizer.special_token_ids:
+            if self._skip:
+                return ""
+        elif self._drops_space:
+            data = data.removeprefix(b" ")
+            self._drops_space = False
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """The rest of the text; the decoder is then at the start of the next one."""
-        rest, self._held = self._held, []
-        return self._tokenizer.decode(rest)
+        rest = self._decoder.decode(b"", final=True)
+        self._begin()
+        return rest
 
-    def _byte(self, token_id: int) -> bytes:
-        """The byte that a byte token stands for; a letter for any other token."""
-        match = _BYTE_PIECE.fullmatch(self._tokenizer.id_to_token(token_id))
-        return bytes.fromhex(match[1]) if match else b"x"
-
-
-def _unfinished(data: bytes) -> int:
-    """Number of last bytes of `data` that begin a character and do not end it."""
-    for count in range(min(3, len(data)), 0, -1):
-        try:
-            _, used = codecs.utf_8_decode(data[-count:], "strict", False)
-        except UnicodeDecodeError:
-            continue
-        if used == 0:
-            return count
-    return 0
+    def _begin(self) -> None:
+        # Python's own decoder holds back the bytes that begin a character.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(REPLACE_EACH_BYTE)
+        self._drops_space = self._tokenizer.drops_first_space

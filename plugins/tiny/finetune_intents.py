@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import typer
 
-from gemma_hub.gemma import resolved
+from gemma_hub.source import resolved
 from gemma_hub.tokenizers import GemmaTokenizer
 from gemma_hub_torch import GemmaForSequenceClassification
 from training import finetuned, queries

@@ -18,7 +18,7 @@ import optax
 import typer
 from flax import nnx
 
-from gemma_hub.gemma import resolved
+from gemma_hub.source import resolved
 from gemma_hub.tokenizers import GemmaTokenizer
 from gemma_hub_flax import FlaxGemmaForTokenClassification
 from training import finetuned, queries, slots

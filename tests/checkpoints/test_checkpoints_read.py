@@ -136,13 +136,6 @@ def test_index_may_name_a_single_file(write, arrays):
     assert same(open_checkpoint(folder), arrays)
 
 
-def test_tokenizer_is_found(write, arrays):
-    folder = write(arrays)
-    assert open_checkpoint(folder).tokenizer_path is None
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    assert open_checkpoint(folder).tokenizer_path == folder / "tokenizer.model"
-
-
 def test_unknown_name_in_the_weights(write, arrays):
     weights = open_checkpoint(write(arrays)).weights
     for read in (weights.read, weights.shape, weights.dtype):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from gemma_hub.checkpoints import MAX_SHARD_BYTES, open_checkpoint, save_checkpoint
 from gemma_hub.config import GemmaConfig
-from gemma_hub.gemma import resolved
+from gemma_hub.source import resolved
 from gemma_hub_torch.cache import KeyValueCache, empty_cache
 from gemma_hub_torch.devices import find_device
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from gemma_hub.errors import CheckpointNotFoundError, TokenizerError
 from gemma_hub.tokenizers import GemmaTokenizer, Tokenizer
-from gemma_hub.tokenizers.model_file import PieceType, marked_pieces
+from gemma_hub.tokenizers.model_file import PieceType, read_model_file
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizer"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizer"
 GEMMA_1 = DATA / "gemma1" / "tokenizer.rebuilt.model"
 STORY = (
     "Once upon a time there was a king who had three sons. The youngest son went out into the wide "
@@ -114,19 +114,19 @@ SEARCH = settings(
 # A run longer than the longest piece for it, which Transformers cuts elsewhere.
 @pytest.mark.parametrize("text", [*TEXTS, " " * 70])
 def test_ids_are_those_of_sentencepiece(tokenizer, text):
-    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer._processor.encode(text)
+    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.codec.engine._starting.encode(text)
 
 
 @SEARCH
 @given(text=st.text(max_size=60))
 def test_ids_are_those_of_sentencepiece_for_any_text(small, text):
-    assert small.encode(text, add_special_tokens=False) == small._processor.encode(text)
+    assert small.encode(text, add_special_tokens=False) == small.codec.engine._starting.encode(text)
 
 
 @SEARCH
 @given(ids=st.lists(st.integers(4, 419), max_size=30))
 def test_decoding_is_that_of_sentencepiece_for_any_ids(small, ids):
-    assert small.decode(ids) == small._processor.decode(ids)
+    assert small.decode(ids) == small.codec.engine._starting.decode(ids)
 
 
 def test_broken_bytes_become_one_replacement_character_each(tokenizer):
@@ -134,7 +134,7 @@ def test_broken_bytes_become_one_replacement_character_each(tokenizer):
     letter = tokenizer.token_to_id("a")
     assert tokenizer.decode(euro) == "€"
     for ids in (euro[:2], [*euro[:2], letter], euro[1:], [euro[0], *euro], [euro[2]] * 3):
-        assert tokenizer.decode(ids) == tokenizer._processor.decode(ids)
+        assert tokenizer.decode(ids) == tokenizer.codec.engine._starting.decode(ids)
     assert tokenizer.decode([*euro[:2], letter]) == "\ufffd\ufffda"
 
 
@@ -147,7 +147,7 @@ def peer(tokenizer, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("google.protobuf", reason="Transformers reads the file with it")
     folder = tmp_path_factory.mktemp("peer")
-    (folder / "tokenizer.model").write_bytes(tokenizer._processor.serialized_model_proto())
+    (folder / "tokenizer.model").write_bytes(tokenizer._content)
     return transformers.GemmaTokenizer.from_pretrained(folder)
 
 
@@ -303,7 +303,7 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match=r"no vocabulary at .*tokenizer\.model"):
         GemmaTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointNotFoundError, match=r"There is a tokenizer\.json, which"):
+    with pytest.raises(CheckpointNotFoundError, match=r"There is a tokenizer\.json, which GemmaTokenizerFast"):
         GemmaTokenizer.from_pretrained(tmp_path)
 
 
@@ -341,9 +341,17 @@ def test_a_vocabulary_without_bos_or_eos_is_refused(name):
         GemmaTokenizer(train(**{f"{name}_id": -1}))
 
 
-def test_a_vocabulary_with_a_dummy_prefix_is_refused():
-    with pytest.raises(TokenizerError, match=r"turns 'x' into '▁x'.*another model's"):
-        GemmaTokenizer(train(add_dummy_prefix=True))
+def test_a_dummy_prefix_is_added_once_and_taken_away():
+    tokenizer = GemmaTokenizer(train(add_dummy_prefix=True))
+    processor = tokenizer.codec.engine._starting
+    ids = tokenizer.encode("a king")
+    assert ids[1:] == processor.encode("a king")
+    assert tokenizer.decode(ids[1:]) == processor.decode(ids[1:]) == "a king"
+    text = "<end_of_turn>a king<end_of_turn>a son"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    plain = tokenizer.encode(text, add_special_tokens=False, allow_special=False)
+    assert not tokenizer.special_token_ids & set(plain)
+    assert tokenizer.decode(plain) == text
 
 
 @pytest.mark.parametrize("text", [b"bytes", None, 7, ["a", "list"]])
@@ -376,11 +384,11 @@ def test_ids_that_are_no_integers_are_refused(small, bad):
 
 
 def test_marked_pieces_are_those_that_sentencepiece_knows(model, small):
-    marked = marked_pieces(model)
+    marked = read_model_file(model).marked
     by_type = {
-        PieceType.CONTROL: small._processor.is_control,
-        PieceType.UNKNOWN: small._processor.is_unknown,
-        PieceType.BYTE: small._processor.is_byte,
+        PieceType.CONTROL: small.codec.engine._starting.is_control,
+        PieceType.UNKNOWN: small.codec.engine._starting.is_unknown,
+        PieceType.BYTE: small.codec.engine._starting.is_byte,
     }
     for kind, is_kind in by_type.items():
         ids = {i for i, (_, k) in marked.items() if k == kind}
@@ -390,7 +398,7 @@ def test_marked_pieces_are_those_that_sentencepiece_knows(model, small):
     assert all(small.id_to_token(i) == text for i, (text, _) in marked.items())
 
 
-def test_other_vocabularies_load_or_are_refused(tmp_path):
+def test_other_vocabularies_load(tmp_path):
     folder = DATA / "keras_hub"
     if not folder.is_dir():
         pytest.skip("the vocabularies of other projects are not part of the repository")
@@ -398,8 +406,8 @@ def test_other_vocabularies_load_or_are_refused(tmp_path):
     unigram = GemmaTokenizer.from_pretrained(tmp_path)
     assert unigram.decode(unigram.encode("the quick"), skip_special_tokens=True) == "the quick"
     for path in (folder / "gemma3_test_vocab.spm", DATA / "mistral" / "mistral01.model"):
-        with pytest.raises(TokenizerError, match="another model's"):
-            GemmaTokenizer.from_pretrained(path)
+        other = GemmaTokenizer.from_pretrained(path)
+        assert other.decode(other.encode("the fox"), skip_special_tokens=True) == "the fox"
 
 
 def test_a_file_cut_between_two_fields_is_refused(model):

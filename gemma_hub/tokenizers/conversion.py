@@ -1,0 +1,166 @@
+"""A tokenizer.model as a tokenizer of the `tokenizers` package, where that gives the same ids.
+
+BPE in sentencepiece merges the two neighbours whose piece has the best score, the leftmost first.
+In `tokenizers` it merges the pair of the best rank. With a rank for every way to split a piece,
+in the order of the pieces' scores, the two are the same wherever no two pieces share a score.
+Nothing else is converted: unigram models sum scores in float32 in the one package and in float64
+in the other, so that near ties fall differently.
+"""
+
+import gc
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+from gemma_hub.tokenizers.json_file import is_json
+from gemma_hub.tokenizers.model_file import ModelFile, ModelType, PieceType
+from gemma_hub.tokenizers.sentencepiece import SentencePieceEngine, open_model
+from gemma_hub.tokenizers.vocabulary import SPACE, Vocabulary
+
+_CACHE_VERSION = 1
+"""Counts up when what `converted` makes of a file changes."""
+
+
+def converts_exactly(file: ModelFile, scores: Sequence[float]) -> bool:
+    """Whether `converted` gives a tokenizer with the ids of sentencepiece."""
+    kinds = {kind for _, kind in file.marked.values()}
+    mergeable = [score for i, score in enumerate(scores) if i not in file.marked]
+    return (
+        file.model_type == ModelType.BPE
+        and file.keeps_text
+        and not file.adds_prefix
+        and not file.removes_spaces
+        and PieceType.UNUSED not in kinds
+        and len(set(mergeable)) == len(mergeable)
+    )
+
+
+def converted(
+    content: bytes, file: ModelFile, engine: SentencePieceEngine, vocabulary: Vocabulary
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a model that `converts_exactly`; kept on disk for the next time.
+
+    Without post-processor: it adds no tokens around a text.
+    """
+    path = _cache_path(content)
+    cached = _read_cache(path, vocabulary.size)
+    if cached is not None:
+        return cached
+    with _no_collection():
+        made = _convert(file, engine, vocabulary)
+        _write_cache(path, made)
+    return made
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: half a million tuples are made, and none of them is garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def json_content(content: bytes) -> bytes | None:
+    """A vocabulary file as a tokenizer.json; None where there is none with the same ids."""
+    if is_json(content):
+        return content
+    engine, vocabulary, file = open_model(content)
+    if not converts_exactly(file, engine.scores()):
+        return None
+    return converted(content, file, engine, vocabulary).to_str().encode("utf-8")
+
+
+def _convert(
+    file: ModelFile, engine: SentencePieceEngine, vocabulary: Vocabulary
+) -> tokenizers.Tokenizer:
+    pieces, scores = engine.pieces(), engine.scores()
+    ordinary = [i for i in range(file.size) if i not in file.marked]
+    ranked = [pieces[i] for i in sorted(ordinary, key=scores.__getitem__, reverse=True)]
+    model = tokenizers.models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=list(_merges(ranked)),
+        unk_token=pieces[vocabulary.unk],
+        fuse_unk=True,
+        byte_fallback=file.byte_fallback,
+    )
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+    made.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace(SPACE, " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    made.add_special_tokens(_added(vocabulary.special, is_special=True))
+    made.add_tokens(_added(vocabulary.text_marks, is_special=False))
+    return made
+
+
+def _merges(ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every way to make a piece of two others, the pieces of the best score first."""
+    known = frozenset(ranked)
+    for piece in ranked:
+        for cut in range(1, len(piece)):
+            left = piece[:cut]
+            if left in known:
+                right = piece[cut:]
+                if right in known:
+                    yield left, right
+
+
+def _added(names: Mapping[str, int], is_special: bool) -> list[tokenizers.AddedToken]:
+    """Text is found after spaces became "▁" (normalized), as sentencepiece does it."""
+    ordered = sorted(names, key=names.__getitem__)
+    return [
+        tokenizers.AddedToken(name, normalized=not is_special, special=is_special)
+        for name in ordered
+    ]
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where converted vocabularies are kept: GEMMA_HUB_CACHE, else where the user's caches are."""
+    given = os.environ.get("GEMMA_HUB_CACHE")
+    if given:
+        return Path(given).expanduser() / "tokenizers"
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
+    return Path(home).expanduser() / "gemma_hub" / "tokenizers"
+
+
+def _cache_path(content: bytes) -> Path:
+    digest = hashlib.sha256(content).hexdigest()
+    return cache_folder() / f"{digest}.{_CACHE_VERSION}.{tokenizers.__version__}.json"
+
+
+def _read_cache(path: Path, size: int) -> tokenizers.Tokenizer | None:
+    """What is in the cache; None for nothing, and for a file that is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        cached = tokenizers.Tokenizer.from_file(str(path))
+    except Exception:  # noqa: BLE001  # the package raises Exception itself for a bad file
+        return None
+    return cached if cached.get_vocab_size() == size else None
+
+
+def _write_cache(path: Path, made: tokenizers.Tokenizer) -> None:
+    """Keep a tokenizer; without a word where there is no place to write."""
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(made.to_str(), "utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)

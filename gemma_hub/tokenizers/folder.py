@@ -1,0 +1,254 @@
+"""The tokenizer files of a checkpoint folder: found, read, checked, and written."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_hub.config import read_json_object
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, TokenizerError
+from gemma_hub.source import resolved
+from gemma_hub.tokenizers.settings import TokenizerSettings, settings_from_config, spelling
+from gemma_hub.tokenizers.text import AddedToken
+
+MODEL_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_MAP_FILE = "special_tokens_map.json"
+_ADDED_FILE = "added_tokens.json"
+WRITTEN = (MODEL_FILE, JSON_FILE, CONFIG_FILE, TEMPLATE_FILE)
+"""What `save_pretrained` writes, and replaces."""
+
+_MAX_VOCABULARY_BYTES = 1 << 30
+_MAX_SETTINGS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tokenizer files of a folder.
+
+    Attributes:
+        path: the vocabulary file to read.
+        model: a tokenizer.model beside a tokenizer.json, which must have the same pieces.
+        settings: of the folder.
+        added: tokens beyond the vocabulary that tokenizer_config.json names.
+    """
+
+    path: Path
+    model: Path | None
+    settings: TokenizerSettings
+    added: Mapping[str, AddedToken]
+
+
+def find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
+    """The tokenizer files of a checkpoint.
+
+    Args:
+        source: its folder or name, or one vocabulary file.
+        files: names of vocabulary files that will do, the preferred one first.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        TokenizerError: one that belongs to it is damaged.
+    """
+    path = resolved(source)
+    if path.is_file():
+        return Found(path, None, TokenizerSettings(), {})
+    there = [name for name in files if (path / name).is_file()]
+    if not there:
+        other = next((n for n in (MODEL_FILE, JSON_FILE) if (path / n).is_file()), None)
+        hint = f"There is a {other}, which GemmaTokenizerFast reads. " if other else ""
+        raise CheckpointNotFoundError(
+            f"There is no vocabulary at {path / files[-1] if path.is_dir() else path}. {hint}"
+            f"Copy the checkpoint's {' or '.join(files)} there."
+        )
+    model = path / MODEL_FILE
+    return Found(
+        path / there[0],
+        model if there[0] == JSON_FILE and model.is_file() else None,
+        _settings(path),
+        _added(path),
+    )
+
+
+def read(path: Path) -> bytes:
+    """The content of a vocabulary file.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        TokenizerError: it is empty, far too large, or cannot be read.
+    """
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"There is no vocabulary at {path}.")
+    try:
+        size = path.stat().st_size
+        if size > _MAX_VOCABULARY_BYTES:
+            raise TokenizerError(
+                f"It has {size:,} bytes; a vocabulary has 4 to 40 million. It is another file."
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"It cannot be read: {error.strerror}.") from error
+    if not content:
+        raise TokenizerError("The vocabulary file is empty. Get the file again.")
+    return content
+
+
+def check_same(pieces: Sequence[str], path: Path, model: Path) -> None:
+    """Check that a tokenizer.json has the pieces of the tokenizer.model beside it, id by id.
+
+    Raises:
+        TokenizerError: naming the first that differs.
+    """
+    from gemma_hub.tokenizers.sentencepiece import model_pieces
+
+    others = model_pieces(read(model))
+    if pieces == others:
+        return
+    place = next(
+        (i for i, (a, b) in enumerate(zip(pieces, others, strict=False)) if a != b),
+        min(len(pieces), len(others)),
+    )
+    what = [repr(p[place]) if place < len(p) else "nothing" for p in (pieces, others)]
+    raise TokenizerError(
+        f"{path} and {model.name} have different vocabularies ({len(pieces)} and {len(others)} "
+        f"pieces): id {place} is {what[0]} in the one and {what[1]} in the other. Remove the one "
+        "that is not of this checkpoint."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _MAX_SETTINGS_BYTES:
+        raise TokenizerError(f"{path} is far too large for settings. Get the file again.")
+    return read_json_object(path, TokenizerError)
+
+
+def _settings(folder: Path) -> TokenizerSettings:
+    config = _json(folder / CONFIG_FILE)
+    named = {k: v for k, v in _json(folder / _MAP_FILE).items() if config.get(k) is None}
+    template = folder / TEMPLATE_FILE
+    if template.is_file():
+        named["chat_template"] = _text(template)
+    try:
+        return settings_from_config({**config, **named})
+    except TokenizerError as error:
+        raise TokenizerError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} cannot be read as UTF-8: {error}.") from error
+
+
+def _added(folder: Path) -> dict[str, AddedToken]:
+    """The tokens that tokenizer_config.json and added_tokens.json name, by spelling."""
+    path = folder / CONFIG_FILE
+    found = {}
+    for key, token in (_json(path).get("added_tokens_decoder") or {}).items():
+        name = spelling(token)
+        if not (key.isdecimal() and isinstance(token, Mapping) and isinstance(name, str) and name):
+            raise TokenizerError(
+                f"{path}: added_tokens_decoder has {key!r}: {token!r}; expected an id and an "
+                'object such as {"content": "<mask>", "special": true}.'
+            )
+        found[name] = AddedToken(int(key), token.get("special") is True)
+    for name, token_id in _json(folder / _ADDED_FILE).items():
+        if type(token_id) is not int or token_id < 0 or not name:
+            raise TokenizerError(f"{folder / _ADDED_FILE}: {name!r} has {token_id!r} for an id.")
+        found.setdefault(name, AddedToken(token_id, is_special=False))
+    return found
+
+
+def write(
+    path: str | os.PathLike[str], files: Mapping[str, bytes], overwrite: bool
+) -> tuple[str, ...]:
+    """Put tokenizer files into a folder; each of them is whole or not there.
+
+    Everything is written beside the folder first. A new folder then appears in one step; in one
+    that is there already, each file is replaced in one step.
+
+    Returns:
+        The paths.
+
+    Raises:
+        CheckpointError: there are such files and `overwrite` is False, or it cannot be written.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file. Choose another path for the tokenizer.")
+    there = [name for name in WRITTEN if (target / name).exists()]
+    if there and not overwrite:
+        raise CheckpointError(
+            f"{target} has {', '.join(there)} already. Choose another path, or pass "
+            "overwrite=True to replace them."
+        )
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        hidden.mkdir(parents=True)
+        for name, content in files.items():
+            with (hidden / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if not target.exists():
+            hidden.rename(target)
+        else:
+            for name in files:
+                (hidden / name).replace(target / name)
+            for name in set(there) - set(files):
+                (target / name).unlink()
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return tuple(str(target / name) for name in files)
+
+
+def config_json(
+    settings: TokenizerSettings, roles: Mapping[str, str], added: Mapping[int, tuple[str, bool]]
+) -> bytes:
+    """The content of a tokenizer_config.json, in Transformers' words.
+
+    Args:
+        settings: of the tokenizer.
+        roles: {"bos_token": spelling} and so on.
+        added: {id: (spelling, whether it is special)} of all tokens that are found before the text
+            is cut.
+    """
+    content: dict[str, Any] = {
+        "add_bos_token": settings.add_bos_token,
+        "add_eos_token": settings.add_eos_token,
+        "added_tokens_decoder": {
+            str(token_id): {
+                "content": name,
+                "lstrip": False,
+                "normalized": not is_special,
+                "rstrip": False,
+                "single_word": False,
+                "special": is_special,
+            }
+            for token_id, (name, is_special) in sorted(added.items())
+        },
+        **roles,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": settings.padding_side,
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "GemmaTokenizer",
+        "truncation_side": settings.truncation_side,
+    }
+    if settings.additional_special_tokens:
+        content["additional_special_tokens"] = list(settings.additional_special_tokens)
+    if settings.model_max_length is not None:
+        content["model_max_length"] = settings.model_max_length
+    if settings.chat_template is not None:
+        content["chat_template"] = settings.chat_template
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
