@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gemma_hub
-from gemma_hub import gemma
+from gemma_hub import gemma, source
 from gemma_hub.backend import FEATURES
 from gemma_hub.checkpoints import open_checkpoint, save_checkpoint
 from gemma_hub.config import GemmaConfig
@@ -107,7 +107,8 @@ def install(monkeypatch, checkpoint, fake_model):
             backend,
             checkpoint,
         )
-        monkeypatch.setattr(gemma, "plugin_registry", lambda: registry)
+        for module in (gemma, source):
+            monkeypatch.setattr(module, "plugin_registry", lambda: registry)
         return backend
 
     return install

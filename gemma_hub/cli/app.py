@@ -20,6 +20,7 @@ from gemma_hub.cli.inspect import inspect
 from gemma_hub.cli.parity import parity
 from gemma_hub.cli.score import score
 from gemma_hub.cli.tag import tag
+from gemma_hub.cli.tokenize import tokenize
 from gemma_hub.errors import GemmaHubError
 
 INTERRUPTED = 130
@@ -49,7 +50,7 @@ app = typer.Typer(
 )
 _Group.core = app
 
-for _command in (generate, score, classify, tag, parity, backends, doctor, inspect):
+for _command in (generate, score, classify, tag, tokenize, parity, backends, doctor, inspect):
     app.command()(_command)
 
 

@@ -1,20 +1,20 @@
 """CausalLM: a checkpoint on a backend, to generate text with and to look into."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 
 from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import InputError
+from gemma_hub.errors import InputError, TokenizerError
 from gemma_hub.generation.loop import GeneratedIds, NewToken, generate_ids, stream_ids
 from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.outputs import Generation, ModelOutputs, Score, TextPiece
 from gemma_hub.tasks.loaded_model import BATCH_SIZE, LoadedModel
-from gemma_hub.tokenizers import IncrementalDecoder, Tokenizer
+from gemma_hub.tokenizers import IncrementalDecoder, SupportsChat, Tokenizer
 
 END_OF_TURN = "<end_of_turn>"
 
@@ -115,10 +115,67 @@ class CausalLM(LoadedModel):
         if not isinstance(prompt, str):
             raise InputError(f"stream continues one text; got {type(prompt).__name__}.")
         checked = self._settings(settings)
-        prompts = self._prompts(prompt, None, None)
-        tokens = stream_ids(self.contract, self.config, prompts, checked)
+        return self._streamed(self._prompts(prompt, None, None), checked)
+
+    def _streamed(
+        self, prompts: list[list[int]], settings: GenerationSettings
+    ) -> Iterator[TextPiece]:
+        tokens = stream_ids(self.contract, self.config, prompts, settings)
         decoder = IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
         return _pieces(tokens, decoder)
+
+    # -- conversations -------------------------------------------------------------------------
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        system: Literal["refuse", "merge"] = "refuse",
+        **settings: Any,
+    ) -> Generation:
+        """The model's answer to a conversation.
+
+        The checkpoint's chat template makes the prompt, or Gemma's where it has none. What the
+        messages spell is plain text, so that nobody ends a turn by typing "<end_of_turn>".
+
+        Args:
+            messages: [{"role": "user", "content": text}, {"role": "assistant", ...}, ...], a
+                message of the user last.
+            system: "refuse" a system message, which Gemma does not know, or "merge" it into the
+                first turn of the user.
+            **settings: as for `generate`. <end_of_turn> ends the answer.
+
+        Raises:
+            InputError: the messages are no conversation, or a setting is wrong.
+            TokenizerError: the checkpoint has no tokenizer, or its template is broken.
+            CapacityError: the conversation and its answer need more positions than the model has.
+        """
+        prompt = self._conversation(messages, system)
+        return self.generate(input_ids=[prompt], **settings)[0]
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        system: Literal["refuse", "merge"] = "refuse",
+        **settings: Any,
+    ) -> Iterator[TextPiece]:
+        """The answer that `chat` gives, piece by piece as in `stream`."""
+        prompt = self._conversation(messages, system)
+        checked = self._settings(settings)
+        return self._streamed(self._prompts(None, [prompt], None), checked)
+
+    def _conversation(self, messages: Any, system: Any) -> list[int]:
+        tokenizer = self._needed_tokenizer()
+        if not isinstance(tokenizer, SupportsChat):
+            raise TokenizerError(
+                f"{type(tokenizer).__name__} has no apply_chat_template, which chat needs. Use "
+                "GemmaTokenizer or GemmaTokenizerFast."
+            )
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, system=system, return_dict=False
+        )
+        return ids
 
     # -- probabilities -------------------------------------------------------------------------
 

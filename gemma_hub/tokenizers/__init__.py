@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_hub.tokenizers.batch import BatchEncoding
 from gemma_hub.tokenizers.interface import TokenizerInterface
 from gemma_hub.tokenizers.opening import open_tokenizer
-from gemma_hub.tokenizers.protocol import Tokenizer
+from gemma_hub.tokenizers.protocol import SupportsChat, Tokenizer
 from gemma_hub.tokenizers.sentencepiece import GemmaTokenizer
 from gemma_hub.tokenizers.streaming import IncrementalDecoder
 
@@ -17,6 +17,7 @@ __all__ = [
     "GemmaTokenizer",
     "GemmaTokenizerFast",
     "IncrementalDecoder",
+    "SupportsChat",
     "Tokenizer",
     "TokenizerInterface",
     "open_tokenizer",

@@ -1,7 +1,7 @@
 """Tokenizer: what the rest of gemma_hub asks of a tokenizer."""
 
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -78,4 +78,13 @@ class Tokenizer(Protocol):
 
     def id_to_token(self, token_id: int) -> str:
         """How the vocabulary spells a token. Raises TokenizerError outside the vocabulary."""
+        ...
+
+
+@runtime_checkable
+class SupportsChat(Protocol):
+    """A tokenizer that makes prompts of conversations."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """See `gemma_hub.tokenizers.TokenizerInterface.apply_chat_template`."""
         ...

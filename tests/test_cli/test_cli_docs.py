@@ -59,7 +59,12 @@ def test_the_documented_defaults_are_the_real_ones(name):
         if parameter.param_type_name == "option" and isinstance(
             parameter.default, (int, float, str)
         ):
-            expected = "off" if parameter.default is False else f"{parameter.default}"
+            switch = {True: "on", False: "off"}
+            expected = (
+                switch[parameter.default]
+                if isinstance(parameter.default, bool)
+                else f"{parameter.default}"
+            )
             if isinstance(parameter.default, float):
                 expected = f"{parameter.default:g}"
             assert documented[parameter.opts[0]] == expected
