@@ -151,7 +151,8 @@ class CausalLM(LoadedModel):
             CapacityError: the conversation and its answer need more positions than the model has.
         """
         prompt = self._conversation(messages, system)
-        return self.generate(input_ids=[prompt], **settings)[0]
+        generation: Generation = self.generate(input_ids=[prompt], **settings)[0]
+        return generation
 
     def stream_chat(
         self,

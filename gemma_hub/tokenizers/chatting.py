@@ -1,16 +1,14 @@
 """Chatting: conversations, and code to fill in, as the ids of a prompt."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from gemma_hub.errors import InputError
 from gemma_hub.tokenizers.batch import BatchEncoding, Limits, Padding, as_arrays, padded
+from gemma_hub.tokenizers.chat import ChatText, chat_text
 from gemma_hub.tokenizers.fill_in_the_middle import FillInTheMiddle
 from gemma_hub.tokenizers.settings import Side
 from gemma_hub.tokenizers.state import TokenizerState
-
-if TYPE_CHECKING:
-    from gemma_hub.tokenizers.chat import ChatText
 
 
 class Chatting(TokenizerState):
@@ -62,8 +60,6 @@ class Chatting(TokenizerState):
             InputError: the messages are not a conversation that Gemma knows.
             TokenizerError: the template is broken, refuses the conversation, or goes too far.
         """
-        from gemma_hub.tokenizers.chat import chat_text
-
         one = not (conversation and isinstance(conversation[0], (list, tuple)))
         rendered = [
             chat_text(
@@ -100,7 +96,7 @@ class Chatting(TokenizerState):
             values = {name: column[0] for name, column in columns.items()}
         return BatchEncoding(values) if return_dict else values["input_ids"]
 
-    def _chat_ids(self, chat: "ChatText", allow_special: bool) -> list[int]:
+    def _chat_ids(self, chat: ChatText, allow_special: bool) -> list[int]:
         return self.codec.encode([chat.text], True if allow_special else chat.plain)[0]
 
     # -- code ----------------------------------------------------------------------------------

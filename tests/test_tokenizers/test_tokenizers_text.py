@@ -114,7 +114,9 @@ SEARCH = settings(
 # A run longer than the longest piece for it, which Transformers cuts elsewhere.
 @pytest.mark.parametrize("text", [*TEXTS, " " * 70])
 def test_ids_are_those_of_sentencepiece(tokenizer, text):
-    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer.codec.engine._starting.encode(text)
+    assert tokenizer.encode(
+        text, add_special_tokens=False
+    ) == tokenizer.codec.engine._starting.encode(text)
 
 
 @SEARCH
@@ -303,7 +305,9 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointNotFoundError, match=r"no vocabulary at .*tokenizer\.model"):
         GemmaTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointNotFoundError, match=r"There is a tokenizer\.json, which GemmaTokenizerFast"):
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"There is a tokenizer\.json, which GemmaTokenizerFast"
+    ):
         GemmaTokenizer.from_pretrained(tmp_path)
 
 
