@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gemma_hub
-from gemma_hub import gemma, source
+from gemma_hub import gemma, source, tokenizers
 from gemma_hub.backend import FEATURES
 from gemma_hub.checkpoints import open_checkpoint, save_checkpoint
 from gemma_hub.config import GemmaConfig
@@ -400,7 +400,8 @@ def test_public_names():
     assert set(gemma_hub.__all__) <= set(dir(gemma_hub))
     assert gemma_hub.GemmaConfig is GemmaConfig
     assert gemma_hub.Gemma is gemma.Gemma
-    assert gemma_hub.GemmaTokenizer is gemma.GemmaTokenizer
+    assert gemma_hub.GemmaTokenizer is tokenizers.GemmaTokenizer
+    assert gemma_hub.GemmaTokenizerFast is tokenizers.GemmaTokenizerFast
     assert gemma_hub.__version__ == importlib.metadata.version("gemma-hub")
     with pytest.raises(AttributeError, match="no attribute 'GemmaTokeniser'"):
         gemma_hub.GemmaTokeniser  # noqa: B018
