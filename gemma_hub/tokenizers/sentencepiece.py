@@ -54,6 +54,7 @@ class SentencePieceEngine:
             self._following = sentencepiece.SentencePieceProcessor(
                 model_proto=model + WITHOUT_PREFIX
             )
+        self._keeps_text = file.keeps_text and not file.adds_prefix and not file.removes_spaces
         self._bytes = frozenset(i for i, (_, kind) in file.marked.items() if kind == PieceType.BYTE)
 
     def pieces(self) -> list[str]:
@@ -78,11 +79,30 @@ class SentencePieceEngine:
         processor = self._starting if at_start else self._following
         found = processor.encode(text, return_type="offset_mapping")
         ids, spans = found["ids"], list(found["offsets"])
+        if self._keeps_text:
+            # sentencepiece misplaces pieces where a text has runs of "▁" itself.
+            return ids, self._spans(text, ids, found["pieces"])
         # Of a character's byte pieces only the last has a width.
         for i in range(len(ids) - 2, -1, -1):
             if ids[i] in self._bytes and spans[i][0] == spans[i][1]:
                 spans[i] = spans[i + 1]
         return ids, spans
+
+
+    def _spans(self, text: str, ids: Sequence[int], pieces: Sequence[str]) -> list[Span]:
+        """Where pieces that spell `text` without a gap are in it."""
+        spans = []
+        place, used = 0, 0  # a character, and how many of its bytes have a token already
+        for token_id, piece in zip(ids, pieces, strict=True):
+            if token_id not in self._bytes:
+                spans.append((place, place + len(piece)))
+                place += len(piece)
+                continue
+            spans.append((place, place + 1))
+            used += 1
+            if used == len(text[place].encode("utf-8")):
+                place, used = place + 1, 0
+        return spans
 
 
 def model_pieces(content: bytes) -> list[str]:

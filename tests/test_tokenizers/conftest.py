@@ -1,0 +1,87 @@
+"""Vocabularies that the tests of tokenizers share, and a cache of their own."""
+
+import importlib.util
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+STORY = (
+    "Once upon a time there was a king who had three sons. The youngest son went out into the wide "
+    "world to seek his fortune, and the old woman gave him bread, cheese and a little grey horse."
+)
+MARKS = ["<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<start_of_turn>", "<end_of_turn>"]
+TEXT_PIECES = ["\n", "\n\n", "▁▁", "▁▁▁", "\t\t", "<table>", "</h1>", "<s>"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Converted vocabularies go here, and not where the user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("GEMMA_HUB_CACHE", str(folder))
+        yield folder
+
+
+def trained(**changes) -> bytes:
+    """A SentencePiece model with Gemma's settings and a few hundred pieces."""
+    model = io.BytesIO()
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 420,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 1.0,
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+        "pad_piece": "<pad>",
+        "eos_piece": "<eos>",
+        "bos_piece": "<bos>",
+        "unk_piece": "<unk>",
+        "user_defined_symbols": [*MARKS, *TEXT_PIECES],
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(STORY.split(". ")), model_writer=model, **(options | changes)
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def train():
+    """`train(vocab_size=...)` gives the content of a tokenizer.model."""
+    return trained
+
+
+@pytest.fixture(scope="session")
+def model() -> bytes:
+    return trained()
+
+
+@pytest.fixture(scope="session")
+def gemma_1() -> Path:
+    """Gemma's vocabulary of 256,000 pieces."""
+    path = DATA / "tokenizer" / "gemma1" / "tokenizer.rebuilt.model"
+    if not path.is_file():
+        pytest.skip("Gemma's 256,000-piece vocabulary is not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_texts():
+    """The module random_texts.py, which the script fuzz.py uses too."""
+    path = Path(__file__).with_name("random_texts.py")
+    spec = importlib.util.spec_from_file_location("tokenizer_random_texts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
