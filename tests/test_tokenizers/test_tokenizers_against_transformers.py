@@ -1,0 +1,173 @@
+"""Transformers has the same ids, in both of its generations, and reads and writes our files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma_hub.tokenizers import GemmaTokenizer, GemmaTokenizerFast
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+TINY = Path(__file__).resolve().parents[2] / "plugins/tiny/gemma_hub_tiny/checkpoint"
+RECORD = json.loads(Path(__file__).with_name("transformers_4.json").read_text("utf-8"))
+# What the fast tokenizer of Transformers 4 looks for in a text before spaces become "▁" are runs of
+# "▁"; sentencepiece, and with it Transformers' slow tokenizer, cuts the two alike.
+FAST_4_IS_WRONG = {"gemma_1": ["▁ ▁▁  ▁a▁"]}
+
+
+@pytest.fixture(scope="module", params=["tiny", "gemma_1"])
+def vocabulary(request) -> tuple[str, bytes]:
+    if request.param == "tiny":
+        return "tiny", (TINY / "tokenizer.model").read_bytes()
+    return "gemma_1", request.getfixturevalue("gemma_1").read_bytes()
+
+
+@pytest.fixture(scope="module", params=[GemmaTokenizer, GemmaTokenizerFast])
+def ours(request, vocabulary):
+    return request.param(vocabulary[1])
+
+
+@pytest.fixture(scope="module")
+def saved(ours, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    ours.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(saved):
+    return transformers.AutoTokenizer.from_pretrained(saved)
+
+
+# -- Transformers 4, as recorded -------------------------------------------------------------------
+
+
+def test_ids_spans_and_text_are_those_of_transformers_4(ours, vocabulary):
+    name = vocabulary[0]
+    for row in RECORD[name]:
+        ids, spans = ours.encode_with_offsets(row["text"])
+        assert ids == row["slow"]
+        assert ours.decode(ids) == row["decoded"]
+        if row["text"] in FAST_4_IS_WRONG.get(name, []):
+            assert ids != row["fast"]
+        else:
+            assert ids == row["fast"]
+            assert [list(span) for span in spans] == row["spans"]
+
+
+# -- Transformers 5, from the folder that we write -------------------------------------------------
+
+
+def test_transformers_reads_what_we_write(ours, theirs, random_texts):
+    assert type(theirs).__name__ == "GemmaTokenizer"
+    assert len(theirs) == len(ours)
+    assert theirs.padding_side == ours.padding_side
+    for role in ("bos", "eos", "unk", "pad"):
+        assert getattr(theirs, f"{role}_token_id") == getattr(ours, f"{role}_token_id")
+    made = random_texts.RandomTexts(list(ours.vocab), ours.all_special_tokens, seed=3)
+    for text in [*random_texts.FIXED, *(made.text() for _ in range(300))]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(
+            text, add_special_tokens=False
+        )
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.tokenize(text) == theirs.tokenize(text)
+
+
+def test_calls_are_those_of_transformers(ours, theirs, random_texts):
+    firsts = [text for text in random_texts.FIXED if text][:40]
+    seconds = firsts[::-1]
+    returned = {"return_offsets_mapping": True, "return_special_tokens_mask": True,
+                "return_token_type_ids": True}  # fmt: skip
+    for options in (
+        {"padding": True},
+        {"padding": "max_length", "max_length": 300, "padding_side": "right"},
+        {"padding": True, "pad_to_multiple_of": 16},
+        {"truncation": True, "max_length": 7, "padding": True},
+        {"truncation": True, "max_length": 7, "add_special_tokens": False},
+    ):
+        a, b = ours(firsts, **options, **returned), theirs(firsts, **options, **returned)
+        assert set(a) == set(b)
+        for name in ("input_ids", "attention_mask", "special_tokens_mask", "token_type_ids"):
+            assert a[name] == b[name], (options, name)
+        for spans, row in zip(a.offset_mapping, b.offset_mapping, strict=True):
+            assert spans == [tuple(span) for span in row]
+    pairs = ours(firsts, seconds, **returned), theirs(firsts, seconds, **returned)
+    assert pairs[0].input_ids == pairs[1].input_ids
+    assert pairs[0].token_type_ids == pairs[1].token_type_ids
+    assert pairs[0].special_tokens_mask == pairs[1].special_tokens_mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("strategy", ["only_first", "only_second"])
+def test_a_pair_is_truncated_as_in_transformers(ours, theirs, side, strategy):
+    a = "Once upon a time there was a king, and he had three sons and a daughter."
+    b = "In a land far away, beyond the hills and the wide sea, lived a fox with his wife."
+    options = {"truncation": strategy, "max_length": 30}
+    ours.truncation_side = theirs.truncation_side = side
+    try:
+        assert ours(a, b, **options).input_ids == theirs(a, b, **options).input_ids
+    finally:
+        ours.truncation_side = theirs.truncation_side = "right"
+
+
+def test_the_tokenizers_package_reads_our_tokenizer_json(ours, saved, random_texts):
+    direct = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    for text in random_texts.FIXED:
+        encoding = direct.encode(text)
+        ids, spans = ours.encode_with_offsets(text)
+        assert encoding.ids == ids
+        assert encoding.offsets == spans
+        assert direct.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+
+
+def test_eos_and_added_tokens_arrive_in_transformers(vocabulary, tmp_path):
+    ours = GemmaTokenizer(vocabulary[1], add_eos_token=True, padding_side="right")
+    ours.add_tokens(["<new_tag>"], special_tokens=True)
+    ours.add_tokens("newword")
+    ours.add_special_tokens({"additional_special_tokens": ["<more>"]})
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "a king<new_tag> said newword<more> <newword>"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.encode(text)[-1] == ours.eos_token_id
+    assert len(theirs) == len(ours) == ours.vocab_size + 3
+    assert theirs.padding_side == "right"
+    for kind in (GemmaTokenizer, GemmaTokenizerFast):
+        again = kind.from_pretrained(tmp_path)
+        assert again.encode(text) == ours.encode(text)
+        assert again.special_tokens_map == ours.special_tokens_map
+        assert (again.add_eos_token, again.padding_side) == (True, "right")
+        assert again.additional_special_tokens == ("<more>",)
+        assert again.special_token_ids == ours.special_token_ids
+        assert again.decode(again.encode(text), skip_special_tokens=True) == (
+            "a king said newword <newword>"
+        )
+
+
+def test_we_read_what_transformers_writes(vocabulary, theirs, tmp_path, random_texts):
+    theirs.save_pretrained(tmp_path)
+    ours = GemmaTokenizerFast.from_pretrained(tmp_path)
+    reference = GemmaTokenizer(vocabulary[1])
+    for text in random_texts.FIXED:
+        assert ours.encode_with_offsets(text) == reference.encode_with_offsets(text)
+    assert ours.special_token_ids == reference.special_token_ids
+
+
+def test_the_template_is_rendered_as_in_transformers(ours, theirs):
+    from gemma_hub.tokenizers.chat import GEMMA_TEMPLATE
+
+    messages = [
+        {"role": "user", "content": " Hi there \n"},
+        {"role": "assistant", "content": "Hello.\n\nWhat now?"},
+        {"role": "user", "content": "A story, <b>please</b>"},
+    ]
+    for generate in (False, True):
+        options = {"tokenize": False, "add_generation_prompt": generate}
+        expected = theirs.apply_chat_template(messages, chat_template=GEMMA_TEMPLATE, **options)
+        assert ours.apply_chat_template(messages, **options) == expected
+        ids = ours.apply_chat_template(messages, add_generation_prompt=generate)
+        assert ids.input_ids == theirs.encode(expected, add_special_tokens=False)
