@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import tokenizers
@@ -47,13 +47,13 @@ def converted(
 
     Without post-processor: it adds no tokens around a text.
     """
-    path = _cache_path(content)
-    cached = _read_cache(path, vocabulary.size)
+    digest = hashlib.sha256(content).hexdigest()
+    cached = _read_cache(digest)
     if cached is not None:
         return cached
     with _no_collection():
         made = _convert(file, engine, vocabulary)
-        _write_cache(path, made)
+        _write_cache(digest, made)
     return made
 
 
@@ -139,28 +139,37 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "gemma_hub" / "tokenizers"
 
 
-def _cache_path(content: bytes) -> Path:
-    digest = hashlib.sha256(content).hexdigest()
-    return cache_folder() / f"{digest}.{_CACHE_VERSION}.{tokenizers.__version__}.json"
+def _cache_path(digest: str) -> Path:
+    return cache_folder() / f"{digest}.{_CACHE_VERSION}.{tokenizers.__version__}"
 
 
-def _read_cache(path: Path, size: int) -> tokenizers.Tokenizer | None:
+def _check_sum(digest: str, text: bytes) -> bytes:
+    return hashlib.sha256(digest.encode() + text).hexdigest().encode()
+
+
+def _read_cache(digest: str) -> tokenizers.Tokenizer | None:
     """What is in the cache; None for nothing, and for a file that is damaged."""
-    if not path.is_file():
-        return None
     try:
-        cached = tokenizers.Tokenizer.from_file(str(path))
-    except Exception:  # noqa: BLE001  # the package raises Exception itself for a bad file
+        found, _, text = _cache_path(digest).read_bytes().partition(b"\n")
+    except OSError:
         return None
-    return cached if cached.get_vocab_size() == size else None
+    if found != _check_sum(digest, text):
+        return None
+    return tokenizers.Tokenizer.from_buffer(text)
 
 
-def _write_cache(path: Path, made: tokenizers.Tokenizer) -> None:
-    """Keep a tokenizer; without a word where there is no place to write."""
+def _write_cache(digest: str, made: tokenizers.Tokenizer) -> None:
+    """Keep a tokenizer; without a word where there is no place to write.
+
+    A file is a checksum, a line end, and a tokenizer.json.
+    """
+    path = _cache_path(digest)
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    text = made.to_str().encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(made.to_str(), "utf-8")
+        partial.write_bytes(_check_sum(digest, text) + b"\n" + text)
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

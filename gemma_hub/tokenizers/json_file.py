@@ -12,6 +12,7 @@ from gemma_hub.tokenizers.text import AddedToken
 from gemma_hub.tokenizers.vocabulary import SPACE, Vocabulary, byte_values, is_special
 
 _MODEL = b'"model"'  # inside a JSON text the quotes would be escaped
+_BEFORE_THE_MODEL = {"added_tokens", "normalizer", "pre_tokenizer"}
 _NAMES = {"bos": ("<bos>", "<s>"), "eos": ("<eos>", "</s>"), "pad": ("<pad>",)}
 
 
@@ -42,6 +43,7 @@ def open_json(
     tokenizer.no_truncation()
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     _check_model(tokenizer, size)
+    _check_ids(tokenizer, added)
     beyond = {name: token for name, token in added.items() if token.id >= size}
     return tokenizer, _vocabulary(tokenizer, size, added), beyond
 
@@ -58,6 +60,8 @@ def _head(content: bytes) -> dict[str, Any]:
         else:
             head = json.loads(content)
     except (ValueError, RecursionError):
+        head = _whole(content)
+    if isinstance(head, dict) and not head.keys() >= _BEFORE_THE_MODEL:
         head = _whole(content)
     if not isinstance(head, dict):
         raise TokenizerError(f"It holds a {type(head).__name__}; expected a JSON object.")
@@ -226,10 +230,24 @@ def _check_model(tokenizer: tokenizers.Tokenizer, size: int) -> None:
         )
 
 
+def _check_ids(tokenizer: tokenizers.Tokenizer, added: Mapping[str, AddedToken]) -> None:
+    for name, token in added.items():
+        token_id = tokenizer.token_to_id(name)
+        if token_id != token.id:
+            raise TokenizerError(
+                f"The added token {name!r} has the id {token.id}; the vocabulary, or the number of "
+                f"tokens before it, gives it {token_id}. Get the file again."
+            )
+
+
 def _vocabulary(
     tokenizer: tokenizers.Tokenizer, size: int, added: Mapping[str, AddedToken]
 ) -> Vocabulary:
-    roles = {role: _first_id(tokenizer, names) for role, names in _NAMES.items()}
+    # "<s>" is a piece of Gemma's too, for HTML: it begins texts only where it is special.
+    roles = {
+        role: _first_id(tokenizer, names[:1] + tuple(n for n in names[1:] if _is_marked(added, n)))
+        for role, names in _NAMES.items()
+    }
     roles["unk"] = tokenizer.token_to_id(tokenizer.model.unk_token or "<unk>")
     ids = {role: token_id for role, token_id in roles.items() if token_id is not None}
     lacking = [f"<{role}>" for role in ("bos", "eos", "unk") if role not in ids]
@@ -258,6 +276,10 @@ def _vocabulary(
         text_marks={name: t.id for name, t in inside.items() if name not in special},
         bytes=byte_values((i, p) for i, p in bytes_there if i is not None) if has_bytes else {},
     )
+
+
+def _is_marked(added: Mapping[str, AddedToken], name: str) -> bool:
+    return name in added and added[name].is_special
 
 
 def _first_id(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...]) -> int | None:

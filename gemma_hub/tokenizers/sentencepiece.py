@@ -88,7 +88,6 @@ class SentencePieceEngine:
                 spans[i] = spans[i + 1]
         return ids, spans
 
-
     def _spans(self, text: str, ids: Sequence[int], pieces: Sequence[str]) -> list[Span]:
         """Where pieces that spell `text` without a gap are in it."""
         spans = []
@@ -127,6 +126,7 @@ def open_model(content: bytes) -> tuple[SentencePieceEngine, Vocabulary, ModelFi
     try:
         file = read_model_file(content)
         engine = SentencePieceEngine(content, file)
+        engine.pieces()  # an error if one is not UTF-8
     except (ValueError, RuntimeError) as error:
         raise _not_a_model(error) from error
     return engine, _vocabulary(engine, file), file

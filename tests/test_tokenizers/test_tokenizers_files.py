@@ -1,0 +1,361 @@
+"""Vocabulary files that are broken, contradict one another or mean harm; and saving."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, TokenizerError
+from gemma_hub.tokenizers import GemmaTokenizer, GemmaTokenizerFast, open_tokenizer
+
+PAIR = [GemmaTokenizer, GemmaTokenizerFast]
+TEXT = "a king  had <end_of_turn> €\n\n   son▁"
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    GemmaTokenizer(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of a whole folder, to break."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def content(saved) -> dict:
+    """Of a tokenizer.json, to change."""
+    return json.loads((saved / "tokenizer.json").read_text("utf-8"))
+
+
+def refused(content, words: str) -> None:
+    """That a tokenizer.json is refused in these words, and quickly."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    start = time.perf_counter()
+    with pytest.raises(TokenizerError, match=words):
+        GemmaTokenizerFast(data)
+    assert time.perf_counter() - start < 1
+
+
+# -- tokenizer.model -------------------------------------------------------------------------------
+
+MUTATE = """
+import random, sys, time
+from gemma_hub.errors import TokenizerError
+from gemma_hub.tokenizers import GemmaTokenizer
+from gemma_hub.tokenizers.fast import GemmaTokenizerFast
+path, seed, count = sys.argv[1:]
+whole = open(path, "rb").read()
+kinds = [GemmaTokenizerFast] if path.endswith("json") else [GemmaTokenizer, GemmaTokenizerFast]
+draw = random.Random(int(seed))
+loaded = 0
+for i in range(int(count)):
+    data = bytearray(whole)
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        # Half of the damage near an end, where the settings are.
+        near = draw.randrange(1, 3000 if path.endswith("json") else 300)
+        near = near if path.endswith("json") else -near
+        place = draw.randrange(len(data)) if draw.random() < 0.5 else near
+        kind = draw.random()
+        if kind < 0.6:
+            data[place] = draw.choice([draw.randrange(256), *b'09-"[]{},:'])
+        elif kind < 0.8:
+            del data[place : place + draw.choice([1, 1, 20])]
+        else:
+            data[place:place] = bytes([draw.choice([0, 10, 255, 127, 48])]) * draw.randrange(1, 5)
+    for kind in kinds:
+        start = time.perf_counter()
+        try:
+            tok = kind(bytes(data))
+            tok.decode(tok.encode("a king  had <end_of_turn> \\n x"))
+            loaded += 1
+        except TokenizerError:
+            pass
+        if time.perf_counter() - start > 1:
+            print("slow")
+print("survived", loaded)
+"""
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_random_damage_never_kills_the_process(saved, name, tmp_path):
+    path = saved / name
+    done = subprocess.run(
+        [sys.executable, "-c", MUTATE, str(path), "1", "300"],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "GEMMA_HUB_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "survived" in done.stdout
+    assert "slow" not in done.stdout
+
+
+@pytest.mark.parametrize("kind", PAIR)
+def test_what_is_no_model_is_refused(kind, tmp_path, model):
+    for name, data in {
+        "empty": b"", "text": b"hello", "cut": model[:-100], "zip": b"PK\x03\x04" + bytes(99),
+        "length": b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\x7f", "nul": bytes(1000),
+    }.items():  # fmt: skip
+        path = tmp_path / f"{name}.model"
+        path.write_bytes(data)
+        with pytest.raises(TokenizerError, match=f"{name}.model: .*Get the file again"):
+            kind.from_pretrained(path)
+    (tmp_path / "tokenizer.model").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match="There is no vocabulary"):
+        kind.from_pretrained(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointNotFoundError):
+        kind.from_pretrained(str(tmp_path / "loop"))
+
+
+@pytest.mark.parametrize("kind", PAIR)
+def test_a_model_that_lacks_bytes_is_refused(kind, model):
+    at = model.index(b"<0x41>")
+    with pytest.raises(TokenizerError, match="byte piece"):
+        kind(model.replace(b"<0x41>", b"<0y41>", 1) if at else model)
+
+
+# -- tokenizer.json --------------------------------------------------------------------------------
+
+
+def test_what_is_no_json_is_refused(saved):
+    whole = (saved / "tokenizer.json").read_bytes()
+    for size in [*range(1, 300, 7), *range(300, len(whole) - 1, 997), len(whole) - 1]:
+        refused(whole[:size], "not a whole tokenizer.json")
+    refused(b'{"model": ' + b"[" * 100_000, "not a whole tokenizer.json")
+    refused(b'{"version": ' + b"[" * 100_000, "not a whole tokenizer.json")
+    refused(b'{"version": "1.0", "added_tokens": 7, "model": {}}', "added_tokens are no list")
+    refused(b"{}", "normalises texts by nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["model"].update(type="WordLevel"), "not a whole tokenizer.json|WordLevel"),
+        (lambda c: c["model"].update(dropout=0.5), "has dropout"),
+        (lambda c: c["model"].update(ignore_merges=True), "has ignore_merges"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "has end_of_word_suffix"),
+        (lambda c: c.update(normalizer={"type": "NFKC"}), "normalises texts by NFKC"),
+        (lambda c: c.update(normalizer=None), "normalises texts by nothing"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "splits texts by Whitespace"),
+        (lambda c: c["model"]["vocab"].update({"king": 400}), "out of range or given twice"),
+        (lambda c: c["model"]["vocab"].update({"zz": 7000}), "out of range or given twice"),
+        (lambda c: c["model"]["vocab"].update({"zz": -1}), "not a whole tokenizer.json"),
+        (lambda c: c["model"]["vocab"].update({"zz": "1"}), "not a whole tokenizer.json"),
+        (lambda c: c["model"]["merges"].append(["zz", "y"]), "not a whole tokenizer.json"),
+        (lambda c: c["added_tokens"][0].update(lstrip=True), "asks for lstrip"),
+        (lambda c: c["added_tokens"][0].update(id="0"), "expected an id and a content"),
+        (lambda c: c["added_tokens"][0].update(id=9000), "<pad>"),
+    ],
+)
+def test_a_json_that_is_not_gemmas_is_refused(content, change, words):
+    change(content)
+    refused(content, words)
+
+
+def test_a_json_without_bos_is_refused(content):
+    vocab = content["model"]["vocab"]
+    vocab["<boss>"] = vocab.pop("<bos>")
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<bos>"]
+    content["post_processor"] = None
+    refused(content, "has no <bos>")
+
+
+def test_the_form_of_a_json_does_not_matter(content, model):
+    expected = GemmaTokenizer(model).encode_with_offsets(TEXT)
+    content["padding"] = {
+        "strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    content["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0,
+                             "direction": "Right"}  # fmt: skip
+    turned = dict(reversed(content.items()))
+    assert next(iter(turned)) == "model"
+    for data in (
+        json.dumps(content), json.dumps(content, indent=4), json.dumps(turned),
+        "\n " + json.dumps(content, ensure_ascii=False),
+    ):  # fmt: skip
+        assert GemmaTokenizerFast(data.encode("utf-8")).encode_with_offsets(TEXT) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v.update({"zz": v.pop("a")}), "is 'zz' in the one and 'a' in the other"),
+        (lambda v: v.update({"a": v["o"], "o": v["a"]}), "is '[ao]' in the one and '[ao]' in the"),
+        (lambda v: v.update({"zz": len(v)}), r"\(421 and 420 pieces\): id 420 is 'zz' .* nothing"),
+        (lambda v: v.pop(max(v, key=v.get)), r"\(419 and 420 pieces\): id 419 is nothing"),
+    ],
+)
+def test_a_json_of_another_vocabulary_than_the_model_is_refused(folder, content, change, words):
+    content["model"]["merges"] = []
+    change(content["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(TokenizerError, match=f"different vocabularies.*{words}"):
+        GemmaTokenizerFast.from_pretrained(folder)
+    assert GemmaTokenizer.from_pretrained(folder).encode(TEXT)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIR)
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("[]", "expected"),
+        ("{", "expected|JSON"),
+        ('{"padding_side": "up"}', "padding_side is 'up'; expected 'left' or 'right'"),
+        ('{"add_bos_token": "yes"}', "add_bos_token is 'yes'; expected True or False"),
+        ('{"model_max_length": -5}', "model_max_length is -5"),
+        ('{"chat_template": 7}', "chat_template is 7; expected a text"),
+        ('{"chat_template": [{"name": "tool", "template": "x"}]}', "none called 'default'"),
+        ('{"bos_token": "<s1>"}', "bos_token is '<s1>', which the vocabulary does not have"),
+        ('{"added_tokens_decoder": {"5": {"content": "<mask>"}}}', "gives to '<2mass>'"),
+        ('{"added_tokens_decoder": {"x": {"content": "<mask>"}}}', "expected an id"),
+        ('{"added_tokens_decoder": {"99999999": {"content": "<new>"}}}', "out of range"),
+        ('{"added_tokens_decoder": {"420": {"content": "<n>"}, "0420": {"content": "<m>"}}}',
+         "Two added tokens have the id 420"),
+        ('{"additional_special_tokens": [7]}', "additional_special_tokens is"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named_with_their_file(folder, kind, config, words):
+    (folder / "tokenizer_config.json").write_text(config, "utf-8")
+    with pytest.raises(TokenizerError, match=words) as caught:
+        kind.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", PAIR)
+def test_settings_of_a_folder_are_followed(folder, kind):
+    config = {
+        "add_eos_token": True, "padding_side": "right", "model_max_length": 1e30,
+        "bos_token": {"content": "<bos>", "lstrip": False}, "tokenizer_class": "GemmaTokenizer",
+        "chat_template": [{"name": "default", "template": "{{ bos_token }}A"},
+                          {"name": "tool", "template": "B"}],
+        "extra_special_tokens": ["<unused0>"], "sp_model_kwargs": {},
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<unused0>"}', "utf-8")
+    (folder / "added_tokens.json").write_text('{"newword": 420}', "utf-8")
+    tok = kind.from_pretrained(folder, truncation_side="left")
+    assert (tok.padding_side, tok.truncation_side, tok.model_max_length) == ("right", "left", None)
+    assert tok.encode("newword")[-2:] == [420, tok.eos_token_id]
+    assert tok.pad_token == "<unused0>"
+    message = [{"role": "user", "content": "x"}]
+    assert tok.apply_chat_template(message, tokenize=False) == "<bos>A"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}C", "utf-8")
+    tok = kind.from_pretrained(folder)
+    assert tok.apply_chat_template(message, tokenize=False) == "<bos>C"
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read as UTF-8"):
+        kind.from_pretrained(folder)
+
+
+def test_a_folder_opens_by_the_file_that_it_has(folder):
+    assert type(open_tokenizer(folder)) is GemmaTokenizer
+    (folder / "tokenizer.model").unlink()
+    assert type(open_tokenizer(folder)) is GemmaTokenizerFast
+    with pytest.raises(CheckpointNotFoundError, match=r"tokenizer\.json, which GemmaTokenizerFast"):
+        GemmaTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    assert open_tokenizer(folder) is None
+    with pytest.raises(CheckpointNotFoundError, match=r"tokenizer\.json or tokenizer\.model"):
+        GemmaTokenizerFast.from_pretrained(folder)
+
+
+# -- the cache -------------------------------------------------------------------------------------
+
+
+def test_a_damaged_cache_is_made_again(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path))
+    model, other = train(), train(vocab_size=430)
+    expected = GemmaTokenizer(model).encode(TEXT)
+    assert GemmaTokenizerFast(model).encode(TEXT) == expected
+    (cached,) = (tmp_path / "tokenizers").iterdir()
+    whole = cached.read_bytes()
+    check, _, text = whole.partition(b"\n")
+    GemmaTokenizerFast(other)
+    (another,) = set((tmp_path / "tokenizers").iterdir()) - {cached}
+    pieces = json.loads(text)
+    pieces["model"]["vocab"] = dict(
+        zip(reversed(pieces["model"]["vocab"]), range(420), strict=True)
+    )
+    for damage in (b"", b"{", whole[: len(whole) // 2], another.read_bytes(), whole + b"x",
+                   check + b"\n" + json.dumps(pieces).encode()):  # fmt: skip
+        cached.write_bytes(damage)
+        assert GemmaTokenizerFast(model).encode(TEXT) == expected
+        assert cached.read_bytes() == whole
+    assert not [path for path in cached.parent.iterdir() if path.suffix == ".partial"]
+
+
+def test_without_a_place_for_a_cache_it_works(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path / "file"))
+    assert GemmaTokenizerFast(model).encode(TEXT) == GemmaTokenizer(model).encode(TEXT)
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIR)
+def test_saving_replaces_only_when_asked_and_leaves_the_rest_alone(kind, model, tmp_path):
+    tok = kind(model)
+    (tmp_path / "config.json").write_text("{}")
+    paths = tok.save_pretrained(tmp_path)
+    names = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
+    assert [Path(path).name for path in paths] == names
+    assert (tmp_path / "tokenizer.model").read_bytes() == model
+    with pytest.raises(CheckpointError, match=r"has tokenizer\.model, .*overwrite=True"):
+        tok.save_pretrained(tmp_path)
+    tok.add_eos_token = True
+    tok.save_pretrained(tmp_path, overwrite=True)
+    assert kind.from_pretrained(tmp_path).add_eos_token
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "config.json"])
+    with pytest.raises(CheckpointError, match="is a file"):
+        tok.save_pretrained(tmp_path / "config.json")
+
+
+def test_a_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left"):
+        GemmaTokenizer(model).save_pretrained(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from gemma_hub import GemmaTokenizer
+tok = GemmaTokenizer.from_pretrained(sys.argv[1], add_eos_token=True)
+print("ready", flush=True)
+while True:
+    tok.save_pretrained(sys.argv[2], overwrite=True)
+"""
+
+
+def test_a_killed_save_leaves_whole_files(saved, folder, tmp_path):
+    draw = random.Random(5)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(saved), str(folder)], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(draw.uniform(0.0, 0.3))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for kind in PAIR:
+            assert kind.from_pretrained(folder).encode("a king")[:1] == [2]
