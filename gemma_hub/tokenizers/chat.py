@@ -135,10 +135,17 @@ def chat_text(
     users: dict[str, Any] = {name: plain_data(value, name) for name, value in given.items()}
     marker, end = _unused([template, *_strings(users), *_strings(plain_data(own, "variables"))])
     names = frozenset(special_names)
-    if not allow_special:
-        users = _marked(users, _beginning(names), marker)
-    final = _opened(users["messages"], end) if continue_final_message else ""
-    text = render(template, {**users, **own})
+    marked = users if allow_special else _marked(users, _beginning(names), marker)
+    final = ""
+    for messages in (marked["messages"], users["messages"])[: 1 if allow_special else 2]:
+        final = _opened(messages, end) if continue_final_message else ""
+    text = render(template, {**marked, **own})
+    if not allow_special and _unmarked(text, marker)[0] != render(template, {**users, **own}):
+        raise TokenizerError(
+            "The chat template takes the messages apart by their characters, so that what users "
+            "wrote cannot be told from its own tokens. Use another template; or allow_special=True "
+            "where every message is to be trusted."
+        )
     if continue_final_message:
         text = _cut(text, final.replace(marker, ""), marker, end)
     text, places = _unmarked(text, marker)

@@ -2,27 +2,29 @@
 
 BPE in sentencepiece merges the two neighbours whose piece has the best score, the leftmost first.
 In `tokenizers` it merges the pair of the best rank. With a rank for every way to split a piece,
-in the order of the pieces' scores, the two are the same wherever no two pieces share a score.
+in the order of the pieces' scores, the two are the same wherever no two pieces share a score and
+every character of a piece is a piece: sentencepiece merges characters that are none, too.
 Nothing else is converted: unigram models sum scores in float32 in the one package and in float64
 in the other, so that near ties fall differently.
 """
 
 import gc
 import hashlib
+import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import tokenizers
 
-from gemma_hub.tokenizers.json_file import is_json
+from gemma_hub.tokenizers.json_file import is_json, with_marks
 from gemma_hub.tokenizers.model_file import ModelFile, ModelType, PieceType
 from gemma_hub.tokenizers.sentencepiece import SentencePieceEngine, open_model
 from gemma_hub.tokenizers.vocabulary import SPACE, Vocabulary
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 """Counts up when what `converted` makes of a file changes."""
 
 
@@ -36,6 +38,8 @@ def converts_exactly(file: ModelFile, scores: Sequence[float]) -> bool:
         and not file.adds_prefix
         and not file.removes_spaces
         and PieceType.UNUSED not in kinds
+        and file.spells_out
+        and math.isfinite(sum(mergeable))
         and len(set(mergeable)) == len(mergeable)
     )
 
@@ -92,8 +96,7 @@ def _convert(
         fuse_unk=True,
         byte_fallback=file.byte_fallback,
     )
-    made = tokenizers.Tokenizer(model)
-    made.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+    made = with_marks(model, vocabulary)
     made.decoder = tokenizers.decoders.Sequence(
         [
             tokenizers.decoders.Replace(SPACE, " "),
@@ -101,8 +104,6 @@ def _convert(
             tokenizers.decoders.Fuse(),
         ]
     )
-    made.add_special_tokens(_added(vocabulary.special, is_special=True))
-    made.add_tokens(_added(vocabulary.text_marks, is_special=False))
     return made
 
 
@@ -116,15 +117,6 @@ def _merges(ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
                 right = piece[cut:]
                 if right in known:
                     yield left, right
-
-
-def _added(names: Mapping[str, int], is_special: bool) -> list[tokenizers.AddedToken]:
-    """Text is found after spaces became "▁" (normalized), as sentencepiece does it."""
-    ordered = sorted(names, key=names.__getitem__)
-    return [
-        tokenizers.AddedToken(name, normalized=not is_special, special=is_special)
-        for name in ordered
-    ]
 
 
 # -- the cache -------------------------------------------------------------------------------------

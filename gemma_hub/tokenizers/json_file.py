@@ -33,19 +33,32 @@ def open_json(
     added = _added_tokens(head)
     _check_kind(head)
     try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(_with_text_marks(content, head, added))
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises Exception itself for a bad file
         raise TokenizerError(
             f"It is not a whole tokenizer.json ({error}). Get the file again."
         ) from error
-    # What the file says of padding, truncation and <bos> is the settings' business.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     _check_model(tokenizer, size)
     _check_ids(tokenizer, added)
     beyond = {name: token for name, token in added.items() if token.id >= size}
-    return tokenizer, _vocabulary(tokenizer, size, added), beyond
+    vocabulary = _vocabulary(tokenizer, size, added)
+    # What the file says of padding, truncation and <bos> is the settings' business.
+    return with_marks(tokenizer.model, vocabulary), vocabulary, beyond
+
+
+def with_marks(model: tokenizers.models.BPE, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """A tokenizer that knows the marks that are text, and no other added token.
+
+    A `TextCodec` finds the others. These are found after spaces became "▁" (normalized), as in
+    sentencepiece. Google's own file looks for runs of spaces in the text as it was typed, where
+    they are spelled otherwise, so that a run longer than the longest piece is cut in another way.
+    """
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = tokenizers.normalizers.Replace(" ", SPACE)
+    marks = sorted(vocabulary.text_marks, key=vocabulary.text_marks.__getitem__)
+    made.add_tokens([tokenizers.AddedToken(mark, normalized=True) for mark in marks])
+    return made
 
 
 def _head(content: bytes) -> dict[str, Any]:
@@ -94,27 +107,6 @@ def _added_tokens(head: Mapping[str, Any]) -> dict[str, AddedToken]:
             )
         found[token["content"]] = AddedToken(token["id"], token.get("special") is True)
     return found
-
-
-def _with_text_marks(
-    content: bytes, head: Mapping[str, Any], added: Mapping[str, AddedToken]
-) -> bytes:
-    """The file with user-defined text found after spaces became "▁", as in sentencepiece.
-
-    Google's own file looks for runs of spaces in the text as it was typed, where they are spelled
-    otherwise, so that a run longer than the longest piece for one is cut in another way.
-    """
-    wrong = [
-        token for token in head.get("added_tokens") or []
-        if SPACE in token["content"]
-        and not token.get("normalized", True)
-        and not added[token["content"]].is_special
-    ]  # fmt: skip
-    if not wrong:
-        return content
-    for token in wrong:
-        token["normalized"] = True
-    return _with_head(content, head)
 
 
 def _with_head(content: bytes, head: Mapping[str, Any]) -> bytes:

@@ -6,17 +6,28 @@ the model was trained, so these fields are read here. The file is a protocol buf
 NormalizerSpec = 3; ... }, SentencePiece { string piece = 1; float score = 2; Type type = 3; }.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 _VARINT, _64_BIT, _BYTES, _32_BIT = 0, 1, 2, 5
-_PIECES, _TRAINER_SPEC, _NORMALIZER_SPEC, _DENORMALIZER_SPEC = 1, 2, 3, 5
-_PIECE_TEXT, _PIECE_TYPE = 1, 3
-_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35  # of TrainerSpec
-_CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = 2, 3, 4, 5  # of NormalizerSpec
+# Tags: a field's number and, in the last three bits, its kind. A number with another kind is
+# another field, which is skipped, here as in the protobuf library.
+_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC, _DENORMALIZER_SPEC = (
+    number << 3 | _BYTES for number in (1, 2, 3, 5)
+)
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1 << 3 | _BYTES, 2 << 3 | _32_BIT, 3 << 3 | _VARINT
+_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = (  # of TrainerSpec
+    number << 3 | _VARINT for number in (3, 24, 35)
+)
+_CHARSMAP = 2 << 3 | _BYTES  # of NormalizerSpec
+_DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = (number << 3 | _VARINT for number in (3, 4, 5))
 
-WITHOUT_PREFIX = bytes([_NORMALIZER_SPEC << 3 | _BYTES, 2, _DUMMY_PREFIX << 3 | _VARINT, 0])
+# {first bytes of the record of a short text and a score, and nothing else: where the score is}
+_SCORE_AT = {bytes([_PIECE, n + 7, _PIECE_TEXT, n]): n + 4 for n in range(1, 121)}
+_SCORE = bytes([_PIECE_SCORE])
+
+WITHOUT_PREFIX = bytes([_NORMALIZER_SPEC, 2, _DUMMY_PREFIX, 0])
 """Put after a model file, it turns `add_dummy_prefix` off: a message given twice is merged."""
 
 
@@ -47,6 +58,7 @@ class ModelFile:
     Attributes:
         size: number of pieces.
         marked: {id: (text, type)} of every piece whose type is not NORMAL.
+        spells_out: whether all characters of NORMAL pieces are NORMAL pieces themselves.
         model_type: how texts are cut.
         byte_fallback: whether unknown characters are spelled by bytes.
         adds_prefix: whether a space is put in front of a text.
@@ -56,6 +68,7 @@ class ModelFile:
 
     size: int
     marked: dict[int, tuple[str, PieceType]]
+    spells_out: bool
     model_type: ModelType
     byte_fallback: bool
     adds_prefix: bool
@@ -70,26 +83,35 @@ def read_model_file(data: bytes) -> ModelFile:
         ValueError: `data` is not a whole SentencePiece model.
     """
     marked: dict[int, tuple[str, PieceType]] = {}
+    ordinary: list[bytes] = []
     specs: dict[int, dict[int, int]] = {}
-    token_id = 0
-    for field, start, end in _fields(data, 0, len(data)):
-        if field != _PIECES:
-            specs.setdefault(field, {}).update(_numbers(data, field, start, end))
+    position = 0
+    while position < len(data):
+        # Nearly all of 256,000 records are a short text and a score, and nothing else.
+        score = position + _SCORE_AT.get(data[position : position + 4], 0)
+        if score > position and data[score : score + 1] == _SCORE:
+            ordinary.append(data[position + 4 : score])
+            position = score + 5
             continue
-        # Nearly all of 256,000 records have no type field, which ends a record where there is one.
-        if end - start > 1 and data[end - 2] == _PIECE_TYPE << 3:
-            text, kind = _piece(data, start, end)
-            if kind != PieceType.NORMAL:
-                marked[token_id] = text, kind
-        token_id += 1
-    if not token_id or not specs.keys() >= {_TRAINER_SPEC, _NORMALIZER_SPEC}:
+        tag, start, position = next(_fields(data, position, len(data)))
+        if tag == _PIECE:
+            text, kind = _piece(data, start, position)
+            if kind == PieceType.NORMAL:
+                ordinary.append(text.encode("utf-8"))
+            else:
+                marked[len(ordinary) + len(marked)] = text, kind
+        elif tag in (_TRAINER_SPEC, _NORMALIZER_SPEC, _DENORMALIZER_SPEC):
+            specs.setdefault(tag, {}).update(_numbers(data, start, position))
+    size = len(ordinary) + len(marked)
+    if position > len(data) or not size or not specs.keys() >= {_TRAINER_SPEC, _NORMALIZER_SPEC}:
         raise ValueError("it holds no pieces, or its end is missing")
     trainer, normalizer = specs[_TRAINER_SPEC], specs[_NORMALIZER_SPEC]
     # A length of 0 is an empty rule: the texts stay as they are.
     rules = (normalizer.get(_CHARSMAP), specs.get(_DENORMALIZER_SPEC, {}).get(_CHARSMAP))
     return ModelFile(
-        size=token_id,
+        size=size,
         marked=marked,
+        spells_out=_spells_out(ordinary),
         model_type=ModelType(trainer.get(_MODEL_TYPE, ModelType.UNIGRAM)),
         byte_fallback=bool(trainer.get(_BYTE_FALLBACK, 0)),
         adds_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
@@ -100,31 +122,32 @@ def read_model_file(data: bytes) -> ModelFile:
     )
 
 
-def _numbers(data: bytes, field: int, start: int, end: int) -> dict[int, int]:
-    """{field: number} of a message; for a field that is no number, its size in bytes."""
-    if field not in (_TRAINER_SPEC, _NORMALIZER_SPEC, _DENORMALIZER_SPEC):
-        return {}
-    found = {}
-    position = start  # of the field's tag, whose last three bits say what kind of field it is
-    for number, a, b in _fields(data, start, end):
-        is_number = _varint(data, position)[0] & 7 == _VARINT
-        found[number] = _varint(data, a)[0] if is_number else b - a
-        position = b
-    return found
+def _spells_out(ordinary: Sequence[bytes]) -> bool:
+    """See ModelFile. Raises ValueError if a piece is not UTF-8."""
+    characters = set("▁".encode().join(ordinary).decode("utf-8"))  # every vocabulary has "▁"
+    return characters <= {text.decode("utf-8") for text in ordinary if len(text) <= 4}
+
+
+def _numbers(data: bytes, start: int, end: int) -> dict[int, int]:
+    """{tag: number} of a message; for a field that is no number, its size in bytes."""
+    return {
+        tag: _varint(data, a)[0] if tag & 7 == _VARINT else b - a
+        for tag, a, b in _fields(data, start, end)
+    }
 
 
 def _piece(data: bytes, start: int, end: int) -> tuple[str, PieceType]:
     text, kind = "", PieceType.NORMAL
-    for field, a, b in _fields(data, start, end):
-        if field == _PIECE_TEXT:
+    for tag, a, b in _fields(data, start, end):
+        if tag == _PIECE_TEXT:
             text = data[a:b].decode("utf-8")
-        elif field == _PIECE_TYPE:
+        elif tag == _PIECE_TYPE:
             kind = PieceType(_varint(data, a)[0])
     return text, kind
 
 
 def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(number, start, end) of each field's content in data[position:end]."""
+    """(tag, start, end) of each field's content in data[position:end]."""
     while position < end:
         tag, start = _varint(data, position)
         kind = tag & 7
@@ -139,11 +162,13 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, in
             raise ValueError(f"byte {position} starts no field of a SentencePiece model")
         if position > end:
             raise ValueError(f"it ends inside the field at byte {start}")
-        yield tag >> 3, start, position
+        yield tag, start, position
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     """A base-128 number and the position after it."""
+    if position < len(data) and data[position] < 0x80:
+        return data[position], position + 1
     value = shift = 0
     while True:
         if position >= len(data) or shift > 63:

@@ -126,7 +126,9 @@ def open_model(content: bytes) -> tuple[SentencePieceEngine, Vocabulary, ModelFi
     try:
         file = read_model_file(content)
         engine = SentencePieceEngine(content, file)
-        engine.pieces()  # an error if one is not UTF-8
+        count = len(engine.pieces())  # an error if one is not UTF-8
+        if count != file.size:
+            raise ValueError(f"it holds {file.size} pieces, of which {count} can be read")
     except (ValueError, RuntimeError) as error:
         raise _not_a_model(error) from error
     return engine, _vocabulary(engine, file), file
@@ -147,8 +149,11 @@ def _vocabulary(engine: SentencePieceEngine, file: ModelFile) -> Vocabulary:
             f"The vocabulary has no {' and no '.join(f'<{name}>' for name in lacking)}. Gemma "
             "needs them: train it with bos_id=2, eos_id=1 and unk_id=3."
         )
+    # sentencepiece looks for them after spaces became "▁": it never finds one with a space in it.
     user_defined = {
-        text: i for i, (text, kind) in file.marked.items() if kind == PieceType.USER_DEFINED
+        text: i
+        for i, (text, kind) in file.marked.items()
+        if kind == PieceType.USER_DEFINED and " " not in text
     }
     special = {text: i for i, (text, kind) in file.marked.items() if is_special(text, kind)}
     marked_bytes = ((i, t) for i, (t, kind) in file.marked.items() if kind == PieceType.BYTE)

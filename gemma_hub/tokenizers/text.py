@@ -126,7 +126,12 @@ class TextCodec:
     # -- the vocabulary ------------------------------------------------------------------------
 
     def id(self, piece: str) -> int | None:
-        """Id of the token spelled `piece` ("▁" for a space); None if there is none."""
+        """Id of the token spelled `piece` ("▁" for a space); None if there is none.
+
+        Raises:
+            TokenizerError: it is not a str, or holds a lone surrogate.
+        """
+        check_text(piece)
         token = self.added.get(piece)
         return self.engine.id(piece) if token is None else token.id
 
@@ -238,12 +243,16 @@ class TextCodec:
 
     def _settled(self, name: str, is_plain: bool) -> tuple[int, ...] | None:
         """The ids of a name that was found in a text; None where it is to stay plain."""
-        if name == SPACE:
-            return tuple(self._byte_ids[byte] for byte in SPACE.encode("utf-8"))
-        token_id = self.special.get(name)
-        if token_id is None:
+        if name in self.added and name not in self.special:
             return (self.added[name].id,)
-        return None if is_plain else (token_id,)
+        if not is_plain:
+            return (self.special[name],)
+        if len(name) > 1:
+            return None
+        # An engine may know one character, however special, as a piece.
+        if not self._byte_ids:
+            return (self.vocabulary.unk,)
+        return tuple(self._byte_ids[byte] for byte in name.encode("utf-8"))
 
     # -- ids to text ---------------------------------------------------------------------------
 
