@@ -321,7 +321,8 @@ def _beginning(names: frozenset[str]) -> re.Pattern[str]:
     heads = "|".join(sorted({re.escape(name[:2]) for name in names if name}))
     firsts = "".join(sorted({re.escape(name[0]) for name in names if name}))
     ends = rf"|[{firsts}]\s*\Z" if firsts else ""
-    return re.compile(rf"(?={SPACE}{'|' * bool(heads)}{heads}{ends}).", re.DOTALL)
+    # A template may change the case: "<BOS>" | lower.
+    return re.compile(rf"(?={SPACE}{'|' * bool(heads)}{heads}{ends}).", re.DOTALL | re.IGNORECASE)
 
 
 def _marked(value: Any, beginning: re.Pattern[str], marker: str) -> Any:

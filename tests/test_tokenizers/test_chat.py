@@ -120,11 +120,11 @@ TEMPLATES = [
     "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m.role + m['content'] }}"
     "{{ m.content[1:] ~ m.content | upper ~ m.content | trim ~ m.content.split('x')[0] }}"
     "{{ m | tojson }}<end_of_turn>{% endfor %}",
-    "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ m.content | lower }}{% endfor %}",
+    "{{ bos_token }}>{% for m in messages %}{{ m.content }}{{ m.content | lower }}{% endfor %}",
 ]
 PARTS = st.one_of(
     st.text(max_size=6),
-    st.sampled_from([START, END, "<bos>", "<eos>", "<", "<s", "<start_of", "_turn>", "[@BOS@]", "▁",
+    st.sampled_from([START, END, "<bos>", "<eos>", "<", "<s", "<start_of", "_turn>", "<BOS>", "[@BOS@]", "▁",
                      " ", "x", "\n"]),
 )  # fmt: skip
 WRITTEN = st.lists(PARTS, max_size=8).map("".join)
