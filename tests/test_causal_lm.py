@@ -270,6 +270,49 @@ def test_a_streams_errors_come_in_the_call(lm, prompt, settings, words):
         lm.stream(prompt, **settings)
 
 
+# -- conversations ---------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "the <end_of_turn>"}]
+
+
+def test_chat_answers_a_conversation_whose_users_forge_nothing(lm, tokenizer):
+    made = lm.chat(HELLO, **SAMPLED)
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    expected = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert made.prompt_token_ids == tuple(expected)
+    assert expected.count(turn) == expected.count(tokenizer.bos_token_id) == 1
+    assert made == lm.generate(input_ids=[expected], **SAMPLED)[0]
+    *pieces, last = lm.stream_chat(HELLO, **SAMPLED)
+    assert "".join(piece.text for piece in pieces) + last.text == made.text
+    assert last.finish_reason == made.finish_reason
+
+
+def test_the_end_of_the_turn_ends_an_answer(lm, tokenizer):
+    turn = tokenizer.token_to_id("<end_of_turn>")
+    assert turn in lm.eos_token_ids
+    ends = [lm.chat(HELLO, max_new_tokens=8, temperature=3.0, seed=seed) for seed in range(40)]
+    stopped = [made for made in ends if made.token_ids[-1] in lm.eos_token_ids]
+    assert all(made.finish_reason == "stop" for made in stopped)
+    assert all("<end_of_turn>" not in made.text for made in ends)
+
+
+def test_chat_refuses_or_merges_a_system_message(lm, tokenizer):
+    messages = [{"role": "system", "content": "a king"}, *HELLO]
+    for call in (lm.chat, lm.stream_chat):
+        with pytest.raises(InputError, match="system='merge'"):
+            call(messages, max_new_tokens=1)
+    made = lm.chat(messages, system="merge", max_new_tokens=1)
+    assert "a king\n\nthe <end_of_turn>" in tokenizer.decode(made.prompt_token_ids)
+
+
+def test_chat_needs_a_tokenizer_that_makes_prompts(text_model):
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        make(text_model, None).chat(HELLO)
+    other = SimpleNamespace(special_token_ids=frozenset(), token_to_id=lambda piece: None)
+    with pytest.raises(TokenizerError, match="has no apply_chat_template, which chat needs"):
+        make(text_model, other).chat(HELLO)
+
+
 # -- the model itself ------------------------------------------------------------------------------
 
 

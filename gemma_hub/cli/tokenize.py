@@ -80,10 +80,9 @@ def _opened(source: str, fast: bool | None) -> "TokenizerInterface":
         from gemma_hub.tokenizers import GemmaTokenizerFast
 
         return GemmaTokenizerFast.from_pretrained(source)
-    if fast is None:
-        tokenizer = open_tokenizer(resolved(source))
-        if tokenizer is not None:
-            return tokenizer
+    tokenizer = open_tokenizer(resolved(source)) if fast is None else None
+    if tokenizer is not None:
+        return tokenizer
     return GemmaTokenizer.from_pretrained(source)
 
 

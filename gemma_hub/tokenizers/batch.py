@@ -1,7 +1,7 @@
 """Rows of ids to a batch: pairs, truncation, padding, and arrays of a framework."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -49,31 +49,6 @@ class BatchEncoding(dict[str, Any]):
         return BatchEncoding(moved)
 
 
-@dataclass(slots=True)
-class Row:
-    """One text, or a pair of texts, with the tokens around them.
-
-    Attributes:
-        ids: token ids.
-        spans: of each token in its own text; (0, 0) for those around.
-        types: 0 for the first text and 1 for the second.
-        added: 1 for the tokens that were put around the texts.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    types: list[int] = field(default_factory=list)
-    added: list[int] = field(default_factory=list)
-
-    def append(self, part: "Part", kind: int, bos: Sequence[int], eos: Sequence[int]) -> None:
-        """Add a text with <bos> and <eos> around it, where they are asked for."""
-        around = len(bos) + len(eos)
-        self.ids += [*bos, *part.ids, *eos]
-        self.spans += [*[(0, 0)] * len(bos), *part.spans, *[(0, 0)] * len(eos)]
-        self.types += [kind] * (len(part.ids) + around)
-        self.added += [*[1] * len(bos), *[0] * len(part.ids), *[1] * len(eos)]
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """The tokens of one text; `spans` is empty where nobody asked for it."""
@@ -85,6 +60,42 @@ class Part:
         """The first `length` tokens, or with side "left" the last."""
         kept = slice(0, length) if side == "right" else slice(len(self.ids) - length, None)
         return Part(self.ids[kept], self.spans[kept])
+
+
+class Row:
+    """One text, or a pair of texts, with the tokens around each.
+
+    Attributes:
+        ids: token ids.
+    """
+
+    __slots__ = ("_around", "_parts", "ids")
+
+    def __init__(self, parts: Sequence[Part], bos: Sequence[int], eos: Sequence[int]) -> None:
+        """A row of `parts`, with `bos` before and `eos` after each."""
+        self._parts = parts
+        self._around = len(bos), len(eos)
+        self.ids = [token_id for part in parts for token_id in (*bos, *part.ids, *eos)]
+
+    @property
+    def spans(self) -> list[Span]:
+        """Of each token in its own text; (0, 0) for those around."""
+        before, after = ([(0, 0)] * count for count in self._around)
+        return [span for part in self._parts for span in (*before, *part.spans, *after)]
+
+    @property
+    def types(self) -> list[int]:
+        """0 for the tokens of the first text and those around it, and 1 for the second."""
+        around = sum(self._around)
+        return [
+            kind for kind, part in enumerate(self._parts) for _ in range(len(part.ids) + around)
+        ]
+
+    @property
+    def added(self) -> list[int]:
+        """1 for the tokens that were put around the texts."""
+        before, after = ([1] * count for count in self._around)
+        return [one for p in self._parts for one in (*before, *[0] * len(p.ids), *after)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +175,9 @@ def truncated(parts: Sequence[Part], around: int, limits: Limits) -> Sequence[Pa
     Raises:
         InputError: there is no room, or the text that may be cut is too short for it.
     """
-    lengths = [len(part.ids) for part in parts]
     if limits.truncation == "do_not_truncate" or limits.max_length is None:
         return parts
+    lengths = [len(part.ids) for part in parts]
     excess = sum(lengths) + around - limits.max_length
     if excess <= 0:
         return parts

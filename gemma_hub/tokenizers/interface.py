@@ -128,13 +128,10 @@ class TokenizerInterface(Chatting):
         columns = [firsts] if seconds is None else [firsts, seconds]
         parts = [self._parts(texts, allow_special, with_spans) for texts in columns]
         around = (len(bos) + len(eos)) * len(columns)
-        rows = []
-        for several in zip(*parts, strict=True):
-            row = Row()
-            for kind, part in enumerate(truncated(several, around, limits)):
-                row.append(part, kind, bos, eos)
-            rows.append(row)
-        return rows
+        return [
+            Row(truncated(several, around, limits), bos, eos)
+            for several in zip(*parts, strict=True)
+        ]
 
     def _parts(
         self, texts: Sequence[str], allow_special: AllowSpecial, with_spans: bool
@@ -328,10 +325,8 @@ class TokenizerInterface(Chatting):
     def _built(self, first: Sequence[int], second: Sequence[int] | None) -> Row:
         bos = [self.bos_token_id] * bool(self.add_bos_token)
         eos = [self.eos_token_id] * bool(self.add_eos_token)
-        row = Row()
-        for kind, ids in enumerate([first] if second is None else [first, second]):
-            row.append(Part(list(ids)), kind, bos, eos)
-        return row
+        both = [first] if second is None else [first, second]
+        return Row([Part(list(ids)) for ids in both], bos, eos)
 
     # -- files ---------------------------------------------------------------------------------
 

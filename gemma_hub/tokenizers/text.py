@@ -178,6 +178,10 @@ class TextCodec:
         Raises:
             TokenizerError: one is not a str, or holds a lone surrogate.
         """
+        for text in texts:
+            check_text(text)
+        if not any(map(self._name.search, texts)):
+            return self.engine.encode(texts, at_start=True)
         rows = [list(self._stretches(text, allow_special)) for text in texts]
         # One call of the engine for all texts, since a library may run them in parallel.
         waiting: dict[bool, list[str]] = {True: [], False: []}
@@ -201,6 +205,7 @@ class TextCodec:
         self, text: str, allow_special: AllowSpecial
     ) -> tuple[list[int], list[Span]]:
         """The ids that `encode` gives for one text, and the characters that each comes from."""
+        check_text(text)
         ids: list[int] = []
         spans: list[Span] = []
         for part in self._stretches(text, allow_special):
@@ -214,8 +219,7 @@ class TextCodec:
         return ids, spans
 
     def _stretches(self, text: str, allow_special: AllowSpecial) -> Iterator[_Stretch]:
-        """`text` in parts that follow one another, none of them empty."""
-        check_text(text)
+        """`text`, which was checked, in parts that follow one another, none of them empty."""
         is_plain = _plain_places(allow_special)
         start = position = 0
         at_start = True  # no text yet: special tokens are none

@@ -124,7 +124,8 @@ TEMPLATES = [
 ]
 PARTS = st.one_of(
     st.text(max_size=6),
-    st.sampled_from([START, END, "<bos>", "<eos>", "<", "<s", "<start_of", "_turn>", "<BOS>", "[@BOS@]", "▁",
+    st.sampled_from([START, END, "<bos>", "<eos>", "<", "<s", "<start_of", "_turn>", "<BOS>",
+                     "[@BOS@]", "▁",
                      " ", "x", "\n"]),
 )  # fmt: skip
 WRITTEN = st.lists(PARTS, max_size=8).map("".join)

@@ -268,8 +268,10 @@ def test_a_folder_opens_by_the_file_that_it_has(folder):
     assert type(open_tokenizer(folder)) is GemmaTokenizerFast
     with pytest.raises(CheckpointNotFoundError, match=r"tokenizer\.json, which GemmaTokenizerFast"):
         GemmaTokenizer.from_pretrained(folder)
+    assert type(open_tokenizer(folder / "tokenizer.json")) is GemmaTokenizerFast
     (folder / "tokenizer.json").unlink()
     assert open_tokenizer(folder) is None
+    assert open_tokenizer(folder / "tokenizer.json") is None
     with pytest.raises(CheckpointNotFoundError, match=r"tokenizer\.json or tokenizer\.model"):
         GemmaTokenizerFast.from_pretrained(folder)
 
