@@ -23,7 +23,15 @@ _ARRAYS = {
     "pt": ("torch", "from_numpy", np.int64),
     "jax": ("jax.numpy", "asarray", np.int32),
 }
-_FILLING = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1}
+FILLING: dict[str, Any] = {
+    "input_ids": None,
+    "token_type_ids": 0,
+    "attention_mask": 0,
+    "special_tokens_mask": 1,
+    "offset_mapping": (0, 0),
+    "labels": -100,
+}
+"""What stands at padding, by the name of an entry; at input_ids it is the tokenizer's pad token."""
 
 
 class BatchEncoding(dict[str, Any]):
@@ -163,7 +171,8 @@ def _choice(name: str, value: Any, aliases: Mapping[Any, str], known: Sequence[s
 
 
 def _check_count(name: str, value: Any) -> None:
-    if value is not None and (type(value) is not int or value < 1):
+    is_number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and not (is_number and value >= 1):
         raise InputError(f"{name} is {value!r}; expected an integer from 1 up.")
 
 
@@ -222,7 +231,7 @@ def padded(columns: dict[str, list[list[Any]]], pad_id: int, limits: Limits) -> 
     multiple = limits.pad_to_multiple_of or 1
     length = -(-length // multiple) * multiple
     for name, rows in columns.items():
-        value: Any = pad_id if name == "input_ids" else _FILLING.get(name, (0, 0))
+        value = pad_id if name == "input_ids" else FILLING[name]
         for i, row in enumerate(rows):
             filling = [value] * (length - len(row))
             rows[i] = filling + row if limits.padding_side == "left" else row + filling
@@ -236,7 +245,7 @@ def as_arrays(columns: Mapping[str, Sequence[Any]], framework: str) -> dict[str,
     Raises:
         InputError: there is no such framework here, or the rows have unequal lengths.
     """
-    if framework not in _ARRAYS:
+    if framework not in list(_ARRAYS):
         known = ", ".join(map(repr, _ARRAYS))
         raise InputError(f"return_tensors is {framework!r}; expected {known}.")
     module_name, function, dtype = _ARRAYS[framework]
@@ -253,4 +262,9 @@ def as_arrays(columns: Mapping[str, Sequence[Any]], framework: str) -> dict[str,
             f"return_tensors={framework!r} needs {module_name.partition('.')[0]}, which cannot be "
             f"imported ({error}). Install it, or use return_tensors='np'."
         ) from error
-    return {name: make(np.asarray(rows, dtype)) for name, rows in columns.items()}
+    shape = (len(columns["input_ids"]), *lengths) if lengths else (0, 0)
+    shapes = {"length": shape[:1], "offset_mapping": (*shape, 2)}  # of no row, or no token, too
+    return {
+        name: make(np.asarray(rows, dtype).reshape(shapes.get(name, shape)))
+        for name, rows in columns.items()
+    }

@@ -143,7 +143,7 @@ def _read_cache(digest: str) -> tokenizers.Tokenizer | None:
     """What is in the cache; None for nothing, and for a file that is damaged."""
     try:
         found, _, text = _cache_path(digest).read_bytes().partition(b"\n")
-    except OSError:
+    except (OSError, RuntimeError):  # a user without a home folder is a RuntimeError
         return None
     if found != _check_sum(digest, text):
         return None
@@ -155,11 +155,14 @@ def _write_cache(digest: str, made: tokenizers.Tokenizer) -> None:
 
     A file is a checksum, a line end, and a tokenizer.json.
     """
-    path = _cache_path(digest)
+    try:
+        path = _cache_path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     text = made.to_str().encode("utf-8")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(_check_sum(digest, text) + b"\n" + text)
         partial.replace(path)
     except OSError:

@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from gemma_hub.config import read_json_object
-from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, TokenizerError
+from gemma_hub.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    GemmaHubError,
+    TokenizerError,
+)
 from gemma_hub.source import resolved
-from gemma_hub.tokenizers.settings import TokenizerSettings, settings_from_config, spelling
+from gemma_hub.tokenizers.settings import (
+    TokenizerSettings,
+    is_text,
+    settings_from_config,
+    spelling,
+)
 from gemma_hub.tokenizers.text import AddedToken
 
 MODEL_FILE = "tokenizer.model"
@@ -21,11 +31,13 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _MAP_FILE = "special_tokens_map.json"
 _ADDED_FILE = "added_tokens.json"
-WRITTEN = (MODEL_FILE, JSON_FILE, CONFIG_FILE, TEMPLATE_FILE)
-"""What `save_pretrained` writes, and replaces."""
+_REPLACED = (MODEL_FILE, JSON_FILE, CONFIG_FILE, TEMPLATE_FILE, _MAP_FILE, _ADDED_FILE)
+"""The files that are a tokenizer; `save_pretrained` leaves none of another one."""
 
-_MAX_VOCABULARY_BYTES = 1 << 30
-_MAX_SETTINGS_BYTES = 64 << 20
+# Python's objects take twenty times the room of their JSON.
+_MAX_VOCABULARY_BYTES = 128 << 20
+_MAX_SETTINGS_BYTES = 16 << 20
+_ID_DIGITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +66,17 @@ def find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
 
     Raises:
         CheckpointNotFoundError: there is none.
-        TokenizerError: one that belongs to it is damaged.
+        TokenizerError: one that belongs to it is damaged, or the folder cannot be read.
     """
+    try:
+        return _find(source, files)
+    except GemmaHubError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(f"{source} cannot be read ({error}).") from error
+
+
+def _find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
     path = resolved(source)
     if path.is_file():
         return Found(path, None, TokenizerSettings(), {})
@@ -68,10 +89,11 @@ def find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
             f"Copy the checkpoint's {' or '.join(files)} there."
         )
     model = path / MODEL_FILE
+    is_json = there[0] == JSON_FILE
     return Found(
         path / there[0],
-        model if there[0] == JSON_FILE and model.is_file() else None,
-        _settings(path),
+        model if is_json and model.is_file() else None,
+        _settings(path, is_json),
         _added(path),
     )
 
@@ -107,7 +129,13 @@ def check_same(pieces: Sequence[str], path: Path, model: Path) -> None:
     """
     from gemma_hub.tokenizers.sentencepiece import model_pieces
 
-    others = model_pieces(read(model))
+    try:
+        others = model_pieces(read(model))
+    except (TokenizerError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{model}: {error}") from error
+    if "\t" not in others:
+        # Transformers 4 spells the byte piece of a tab so in a tokenizer.json.
+        pieces = ["<0x09>" if piece == "\t" else piece for piece in pieces]
     if pieces == others:
         return
     place = next(
@@ -125,24 +153,56 @@ def check_same(pieces: Sequence[str], path: Path, model: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    if path.stat().st_size > _MAX_SETTINGS_BYTES:
-        raise TokenizerError(f"{path} is far too large for settings. Get the file again.")
+    _check_size(path)
     return read_json_object(path, TokenizerError)
 
 
-def _settings(folder: Path) -> TokenizerSettings:
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _MAX_SETTINGS_BYTES:
+        raise TokenizerError(f"{path} is far too large for settings. Get the file again.")
+
+
+def _settings(folder: Path, is_json: bool) -> TokenizerSettings:
     config = _json(folder / CONFIG_FILE)
     named = {k: v for k, v in _json(folder / _MAP_FILE).items() if config.get(k) is None}
+    if is_json and not config.keys() >= {"add_bos_token", "add_eos_token"}:
+        config = _around(read(folder / JSON_FILE)) | config
     template = folder / TEMPLATE_FILE
     if template.is_file():
-        named["chat_template"] = _text(template)
+        config["chat_template"] = _text(template)
+    settings = _checked(folder / CONFIG_FILE, config)
+    return _checked(folder / _MAP_FILE, config | named) if named else settings
+
+
+def _checked(path: Path, config: Mapping[str, Any]) -> TokenizerSettings:
     try:
-        return settings_from_config({**config, **named})
+        return settings_from_config(config)
     except TokenizerError as error:
-        raise TokenizerError(f"{folder / CONFIG_FILE}: {error}") from error
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def _around(content: bytes) -> dict[str, bool]:
+    """What a tokenizer.json puts around a text, where it says so.
+
+    Transformers 5 says it nowhere else.
+    """
+    # Inside a JSON text the quotes would be escaped. The model, with all pieces, is not read.
+    _, _, rest = content.partition(b'"post_processor"')
+    rest = rest.partition(b'"model"')[0].lstrip().removeprefix(b":").lstrip()
+    try:
+        made, _ = json.JSONDecoder().raw_decode(rest.decode("utf-8"))
+        steps = [next(iter(step)) for step in made["single"]]
+        place = steps.index("Sequence")
+    except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        return {}  # another kind of post-processor, or none; a damaged file is refused elsewhere
+    return {
+        "add_bos_token": "SpecialToken" in steps[:place],
+        "add_eos_token": "SpecialToken" in steps[place:],
+    }
 
 
 def _text(path: Path) -> str:
+    _check_size(path)
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -153,17 +213,25 @@ def _added(folder: Path) -> dict[str, AddedToken]:
     """The tokens that tokenizer_config.json and added_tokens.json name, by spelling."""
     path = folder / CONFIG_FILE
     found = {}
-    for key, token in (_json(path).get("added_tokens_decoder") or {}).items():
+    decoder = _json(path).get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{path}: added_tokens_decoder is {decoder!r}; expected an object.")
+    for key, token in decoder.items():
         name = spelling(token)
-        if not (key.isdecimal() and isinstance(token, Mapping) and isinstance(name, str) and name):
+        is_whole = isinstance(token, Mapping) and is_text(name) and name
+        if not (key.isdecimal() and len(key) < _ID_DIGITS and is_whole):
             raise TokenizerError(
                 f"{path}: added_tokens_decoder has {key!r}: {token!r}; expected an id and an "
                 'object such as {"content": "<mask>", "special": true}.'
             )
         found[name] = AddedToken(int(key), token.get("special") is True)
     for name, token_id in _json(folder / _ADDED_FILE).items():
-        if type(token_id) is not int or token_id < 0 or not name:
-            raise TokenizerError(f"{folder / _ADDED_FILE}: {name!r} has {token_id!r} for an id.")
+        is_id = type(token_id) is int and 0 <= token_id < 10**_ID_DIGITS
+        if not (is_id and is_text(name) and name):
+            raise TokenizerError(
+                f"{folder / _ADDED_FILE}: {name!r} has {token_id!r} for an id; expected a token "
+                "and the number that comes after those of the vocabulary."
+            )
         found.setdefault(name, AddedToken(token_id, is_special=False))
     return found
 
@@ -173,7 +241,7 @@ def write(
 ) -> tuple[str, ...]:
     """Put tokenizer files into a folder; each of them is whole or not there.
 
-    Everything is written beside the folder first. A new folder then appears in one step; in one
+    Everything is written to a hidden folder first. A new folder then appears in one step; in one
     that is there already, each file is replaced in one step.
 
     Returns:
@@ -182,16 +250,21 @@ def write(
     Raises:
         CheckpointError: there are such files and `overwrite` is False, or it cannot be written.
     """
-    target = Path(path).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file. Choose another path for the tokenizer.")
-    there = [name for name in WRITTEN if (target / name).exists()]
+    try:
+        target = Path(path).expanduser().resolve()
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target} is a file. Choose another path for the tokenizer.")
+        there = [name for name in _REPLACED if (target / name).exists()]
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be written ({error}).") from error
     if there and not overwrite:
         raise CheckpointError(
             f"{target} has {', '.join(there)} already. Choose another path, or pass "
             "overwrite=True to replace them."
         )
-    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    hidden = _on_its_disk(target) / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         hidden.mkdir(parents=True)
         for name, content in files.items():
@@ -211,6 +284,12 @@ def write(
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return tuple(str(target / name) for name in files)
+
+
+def _on_its_disk(target: Path) -> Path:
+    """The folder beside `target`; `target` itself where that is on another disk or not ours."""
+    is_alone = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    return target if target.is_dir() and is_alone else target.parent
 
 
 def config_json(

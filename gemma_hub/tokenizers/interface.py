@@ -6,11 +6,12 @@ The names are those of Transformers' tokenizers.
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from gemma_hub.errors import InputError, TokenizerError
 from gemma_hub.tokenizers import folder
 from gemma_hub.tokenizers.batch import (
+    FILLING,
     BatchEncoding,
     Limits,
     Padding,
@@ -88,11 +89,12 @@ class TokenizerInterface(Chatting):
             TokenizerError: a text is not a str, or holds a lone surrogate.
             InputError: an argument is wrong, or rows of unequal length are to be an array.
         """
+        now = self._as_it_is()
         limits = Limits.resolved(
-            self.settings, padding, truncation, max_length, pad_to_multiple_of, padding_side
+            now.settings, padding, truncation, max_length, pad_to_multiple_of, padding_side
         )
         firsts, seconds = _texts(text, text_pair)
-        rows = self._rows(
+        rows = now._rows(
             firsts, seconds, add_special_tokens, allow_special, return_offsets_mapping, limits
         )
         columns: dict[str, list[Any]] = {"input_ids": [row.ids for row in rows]}
@@ -105,7 +107,7 @@ class TokenizerInterface(Chatting):
         if return_offsets_mapping:
             columns["offset_mapping"] = [row.spans for row in rows]
         lengths = [len(row.ids) for row in rows]
-        padded(columns, self.pad_token_id, limits)
+        padded(columns, now.pad_token_id, limits)
         if return_length:
             columns["length"] = lengths
         if return_tensors is not None:
@@ -113,6 +115,12 @@ class TokenizerInterface(Chatting):
         if isinstance(text, str):
             return BatchEncoding({name: values[0] for name, values in columns.items()})
         return BatchEncoding(columns)
+
+    def _as_it_is(self) -> Self:
+        """This tokenizer for one call, in which what another thread changes is not seen."""
+        now = type(self).__new__(type(self))
+        now._state = self._state
+        return now
 
     def _rows(
         self,
@@ -169,9 +177,10 @@ class TokenizerInterface(Chatting):
             TokenizerError: `text` is not a str, or holds a lone surrogate.
         """
         if text_pair is None and not options:
-            bos = [self.bos_token_id] * (add_special_tokens and self.add_bos_token)
-            eos = [self.eos_token_id] * (add_special_tokens and self.add_eos_token)
-            return [*bos, *self.codec.encode([text], allow_special)[0], *eos]
+            now = self._as_it_is()
+            bos = [now.bos_token_id] * (add_special_tokens and now.add_bos_token)
+            eos = [now.eos_token_id] * (add_special_tokens and now.add_eos_token)
+            return [*bos, *now.codec.encode([text], allow_special)[0], *eos]
         if not isinstance(text, str):
             raise TokenizerError(f"The text is a {type(text).__name__}; expected a str.")
         encoding = self(
@@ -396,33 +405,51 @@ def _texts(text: Any, pair: Any) -> tuple[list[str], list[str] | None]:
         if not texts or not all(isinstance(t, (tuple, list)) and len(t) == 2 for t in texts):
             return texts, None
         return [first for first, _ in texts], [second for _, second in texts]
-    if isinstance(pair, str) or len(pair) != len(texts):
-        given = "one text" if isinstance(pair, str) else f"{len(pair)} texts"
+    if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence):
+        raise InputError(f"text_pair is {type(pair).__name__}; expected a list, as text is.")
+    if len(pair) != len(texts):
+        given = f"{len(pair)} texts"
         raise InputError(f"text_pair is {given} and text is {len(texts)}; expected as many.")
     return texts, list(pair)
 
 
-def _columns(encoded: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _columns(encoded: Any) -> dict[str, list[Any]]:
     if isinstance(encoded, Mapping):
-        columns = {name: [_listed(row) for row in rows] for name, rows in encoded.items()}
+        given = dict(encoded)
     else:
+        there = {", ".join(e) if isinstance(e, Mapping) else type(e).__name__ for e in encoded}
+        if len(there) > 1 or not all(isinstance(e, Mapping) for e in encoded):
+            raise InputError(
+                f"The encodings have {' and '.join(sorted(there))}; expected dicts with the same "
+                "entries, as a call gives them."
+            )
         names = list(encoded[0]) if encoded else ["input_ids"]
-        columns = {name: [_listed(item[name]) for item in encoded] for name in names}
-    if "input_ids" not in columns:
-        raise InputError(f"The encodings have {', '.join(columns)}; expected input_ids.")
+        given = {name: [item[name] for item in encoded] for name in names}
+    if "input_ids" not in given:
+        raise InputError(f"The encodings have {', '.join(given)}; expected input_ids.")
+    unknown = [name for name in given if name not in FILLING]
+    if unknown:
+        raise InputError(
+            f"There is no rule to pad {' and '.join(unknown)}. Take it out, and pad it yourself; "
+            f"what can be padded: {', '.join(FILLING)}."
+        )
+    columns = {name: [_listed(name, row) for row in rows] for name, rows in given.items()}
     lengths = [len(row) for row in columns["input_ids"]]
     for name, rows in columns.items():
-        there = [len(row) for row in rows]
-        if there != lengths:
+        own = [len(row) for row in rows]
+        if own != lengths:
             raise InputError(
-                f"{name} has rows of {there} and input_ids of {lengths}; expected a value for each "
+                f"{name} has rows of {own} and input_ids of {lengths}; expected a value for each "
                 "token. Take it out, and pad it yourself."
             )
     return columns
 
 
-def _listed(row: Any) -> list[Any]:
+def _listed(name: str, row: Any) -> list[Any]:
     listed = row.tolist() if hasattr(row, "tolist") else row
     if isinstance(listed, (str, int, float)) or not isinstance(listed, Iterable):
-        raise InputError(f"A row is {row!r}; expected a list with a value for each token.")
+        raise InputError(
+            f"{name} has {row!r} for a row; expected a list with a value for each token. One "
+            "encoding of one text is a list of one: pad([encoding])."
+        )
     return list(listed)

@@ -13,12 +13,14 @@ from gemma_hub.tokenizers.vocabulary import SPACE, Vocabulary, byte_values, is_s
 
 _MODEL = b'"model"'  # inside a JSON text the quotes would be escaped
 _BEFORE_THE_MODEL = {"added_tokens", "normalizer", "pre_tokenizer"}
+_BOM = b"\xef\xbb\xbf"
 _NAMES = {"bos": ("<bos>", "<s>"), "eos": ("<eos>", "</s>"), "pad": ("<pad>",)}
 
 
 def is_json(content: bytes) -> bool:
     """Whether a vocabulary file is a tokenizer.json; a tokenizer.model begins otherwise."""
-    return content[:64].lstrip()[:1] == b"{"
+    start = content[:64].removeprefix(_BOM)
+    return start.lstrip()[:1] == b"{" or start[:1] == b"["
 
 
 def open_json(
@@ -32,12 +34,7 @@ def open_json(
     head = _head(content)
     added = _added_tokens(head)
     _check_kind(head)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the package raises Exception itself for a bad file
-        raise TokenizerError(
-            f"It is not a whole tokenizer.json ({error}). Get the file again."
-        ) from error
+    tokenizer = _loaded(content.removeprefix(_BOM))
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     _check_model(tokenizer, size)
     _check_ids(tokenizer, added)
@@ -45,6 +42,23 @@ def open_json(
     vocabulary = _vocabulary(tokenizer, size, added)
     # What the file says of padding, truncation and <bos> is the settings' business.
     return with_marks(tokenizer.model, vocabulary), vocabulary, beyond
+
+
+def _loaded(content: bytes) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # The package raises Exception itself for a bad file, and panics for a very bad one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"It is not a whole tokenizer.json ({error}). Get the file again."
+        ) from error
+    # A file may give a key twice; what counts is what the package took.
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    taken = {name: getattr(tokenizer, name) for name in parts}
+    _check_kind({name: part and json.loads(part.__getstate__()) for name, part in taken.items()})
+    return tokenizer
 
 
 def with_marks(model: tokenizers.models.BPE, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
@@ -74,7 +88,7 @@ def _head(content: bytes) -> dict[str, Any]:
             head = json.loads(content)
     except (ValueError, RecursionError):
         head = _whole(content)
-    if isinstance(head, dict) and not head.keys() >= _BEFORE_THE_MODEL:
+    if isinstance(head, dict) and ("model" in head or not head.keys() >= _BEFORE_THE_MODEL):
         head = _whole(content)
     if not isinstance(head, dict):
         raise TokenizerError(f"It holds a {type(head).__name__}; expected a JSON object.")
@@ -177,10 +191,21 @@ def _check_kind(head: Mapping[str, Any]) -> None:
         )
     for step in _steps(head.get("pre_tokenizer"), "pretokenizers"):
         # Gemma's file splits at spaces, of which there are none left.
-        if step.get("type") != "Split" or step.get("pattern") != {"String": " "}:
+        is_split = step.get("type") == "Split" and step.get("pattern") == {"String": " "}
+        if not is_split or step.get("invert"):
             raise TokenizerError(
                 f"It splits texts by {step.get('type')} before it cuts them; Gemma's does not. "
                 "This is another model's tokenizer; if it has a tokenizer.model, use that."
+            )
+    for step in _steps(head.get("decoder"), "decoders"):
+        is_replace = step.get("pattern") == {"String": SPACE} and step.get("content") == " "
+        if step.get("type") not in ("ByteFallback", "Fuse") and not (
+            step.get("type") == "Replace" and is_replace
+        ):
+            raise TokenizerError(
+                f"It decodes by {step.get('type')}; Gemma's puts a space for each '▁', and bytes "
+                "together. This is another model's tokenizer; if it has a tokenizer.model, use "
+                "that."
             )
 
 
@@ -206,6 +231,8 @@ def _check_model(tokenizer: tokenizers.Tokenizer, size: int) -> None:
             ("continuing_subword_prefix", model.continuing_subword_prefix),
             ("end_of_word_suffix", model.end_of_word_suffix),
             ("ignore_merges", model.ignore_merges),
+            ("unk_token=None", model.unk_token is None),
+            ("no byte pieces", model.byte_fallback and model.token_to_id("<0x00>") is None),
             ("fuse_unk=False", not model.fuse_unk and not model.byte_fallback),
         ) if is_wrong
     ]  # fmt: skip

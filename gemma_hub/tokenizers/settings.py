@@ -1,6 +1,7 @@
 """TokenizerSettings: what tokenizer_config.json says, apart from the vocabulary."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,6 +15,8 @@ ROLES = ("bos", "eos", "unk", "pad")
 
 # Writers put a huge number where they know no limit (Transformers: int(1e30)).
 _NO_LIMIT = 10**12
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +55,17 @@ class TokenizerSettings:
         for name in ("padding_side", "truncation_side"):
             self._check(name, getattr(self, name) in get_args(Side), "'left' or 'right'")
         limit: Any = self.model_max_length
-        is_limit = limit is None or (isinstance(limit, int) and limit > 0)
+        is_limit = limit is None or (type(limit) is int and limit > 0)
         self._check("model_max_length", is_limit, "a number of tokens from 1 up, or None")
         if limit is not None and limit >= _NO_LIMIT:
             object.__setattr__(self, "model_max_length", None)
         for name in ("chat_template", *(f"{role}_token" for role in ROLES)):
             value = getattr(self, name)
-            self._check(name, value is None or isinstance(value, str), "a text, or None")
-        extra: tuple[Any, ...] = tuple(self.additional_special_tokens)
-        self._check(
-            "additional_special_tokens", all(isinstance(n, str) and n for n in extra), "texts"
-        )
-        object.__setattr__(self, "additional_special_tokens", extra)
+            self._check(name, value is None or is_text(value), "a text, or None")
+        extra: Any = self.additional_special_tokens
+        several = isinstance(extra, (list, tuple)) and all(is_text(n) and n for n in extra)
+        self._check("additional_special_tokens", several, "a list of texts")
+        object.__setattr__(self, "additional_special_tokens", tuple(extra))
 
     def _check(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
@@ -101,7 +103,8 @@ def settings_from_config(config: Mapping[str, Any]) -> TokenizerSettings:
     }
     for role in ROLES:
         if f"{role}_token" in found:
-            found[f"{role}_token"] = spelling(found[f"{role}_token"])
+            token = found[f"{role}_token"]
+            found[f"{role}_token"] = token if spelling(token) is None else spelling(token)
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     if not isinstance(more, list):
         more = [] if isinstance(more, dict) else [more]  # a dict holds other models' named tokens
@@ -118,14 +121,20 @@ def spelling(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a str that UTF-8 can spell: a JSON file may hold half a surrogate pair."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
 def _default_template(template: Any) -> Any:
     """The template called "default" where there are several."""
     if not isinstance(template, list):
         return template
-    named = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}
-    if "default" not in named:
+    named = [(t.get("name"), t.get("template")) for t in template if isinstance(t, Mapping)]
+    found = next((text for name, text in named if name == "default"), None)
+    if found is None:
         raise TokenizerError(
-            f"tokenizer_config.json has the chat templates {', '.join(map(str, named))} and none "
-            "called 'default'. Give the one you want: chat_template='...'."
+            f"There are the chat templates {[name for name, _ in named]}, and none called "
+            "'default'. Give the one you want: chat_template='...'."
         )
-    return named["default"]
+    return found

@@ -1,7 +1,9 @@
 """TokenizerState: what a tokenizer is made of, how it is made, and how it is changed."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,7 +25,8 @@ class _Setting:
         return getattr(tokenizer.settings, self._name)
 
     def __set__(self, tokenizer: "TokenizerState", value: Any) -> None:
-        tokenizer._set(tokenizer.codec, tokenizer.settings.changed(**{self._name: value}))
+        with tokenizer._changing:
+            tokenizer._set(tokenizer.codec, tokenizer.settings.changed(**{self._name: value}))
 
 
 class _Role(_Setting):
@@ -69,7 +72,7 @@ class TokenizerState(ABC):
             TokenizerError: it is not a vocabulary for Gemma, or a setting is wrong.
         """
         content = file if isinstance(file, bytes) else folder.read(Path(file).expanduser())
-        self._restore(content, TokenizerSettings().changed(**settings), {})
+        self._restore(content, TokenizerSettings(), {}, **settings)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **settings: Any) -> Self:
@@ -88,7 +91,7 @@ class TokenizerState(ABC):
         tokenizer = cls.__new__(cls)
         try:
             content = folder.read(found.path)
-            tokenizer._restore(content, found.settings.changed(**settings), found.added)
+            tokenizer._restore(content, found.settings, found.added, **settings)
         except TokenizerError as error:
             raise TokenizerError(f"{found.path}: {error}") from error
         if found.model is not None:
@@ -105,16 +108,30 @@ class TokenizerState(ABC):
         """
 
     def _restore(
-        self, content: bytes, settings: TokenizerSettings, added: Mapping[str, AddedToken]
+        self,
+        content: bytes,
+        settings: TokenizerSettings,
+        added: Mapping[str, AddedToken],
+        **changes: Any,
     ) -> None:
         engine, vocabulary, own = self._open(content)
+        codec = TextCodec(engine, vocabulary).with_added(own).with_added(added)
+        # Transformers 5 lists all user-defined pieces, runs of newlines among them, and takes only
+        # those for special that are so elsewhere too.
+        listed = tuple(
+            name
+            for name in settings.additional_special_tokens
+            if name not in vocabulary.text_marks or name in codec.special
+        )
         self._content = content
-        self._set(TextCodec(engine, vocabulary).with_added(own).with_added(added), settings)
+        self._roles = {role: getattr(vocabulary, role) for role in ROLES}
+        self._changing = threading.RLock()  # two threads that add tokens take turns
+        self._set(codec, settings.changed(**{"additional_special_tokens": listed, **changes}))
 
     def _set(self, codec: TextCodec, settings: TokenizerSettings) -> None:
         """Take a codec, and what the settings say of special tokens, in one step."""
         codec = codec.extended(settings.additional_special_tokens, is_special=True)
-        roles = {}
+        roles = dict(self._roles)
         for role in ROLES:
             name = getattr(settings, f"{role}_token")
             if name is None:
@@ -127,7 +144,9 @@ class TokenizerState(ABC):
             if name not in codec.special:
                 codec = codec.extended([name], is_special=True)
             roles[role] = codec.special[name]
-        self._state = (codec.with_roles(roles) if roles else codec), settings
+        if any(getattr(codec.vocabulary, role) != token_id for role, token_id in roles.items()):
+            codec = codec.with_roles(roles)
+        self._state = codec, settings
 
     def __reduce__(self) -> Any:
         return _restored, (type(self), self._content, self.settings, self.codec.added)
@@ -224,7 +243,8 @@ class TokenizerState(ABC):
         A model has no embedding for a new id unless its vocabulary has room for it.
 
         Args:
-            tokens: a text or several; AddedTokens of Transformers are taken by their content.
+            tokens: a text or several; AddedTokens of Transformers are taken by their content,
+                and are special where they say so.
             special_tokens: whether they mark structure, and are left out by
                 `decode(..., skip_special_tokens=True)`.
 
@@ -234,11 +254,16 @@ class TokenizerState(ABC):
         Raises:
             TokenizerError: one is empty, no text, or asks for stripping.
         """
-        several = [tokens] if isinstance(tokens, str) else list(tokens)
-        names = [_plain_name(token) for token in several]
-        before = self.codec.size
-        self._set(self.codec.extended(names, special_tokens), self.settings)
-        return self.codec.size - before
+        is_one = isinstance(tokens, (str, Mapping)) or not isinstance(tokens, Iterable)
+        several: list[Any] = [tokens] if is_one else list(tokens)
+        named = [(_plain_name(t), special_tokens or _says(t, "special")) for t in several]
+        with self._changing:
+            codec = self.codec
+            before = codec.size
+            for is_special, group in groupby(named, key=lambda pair: pair[1]):
+                codec = codec.extended([name for name, _ in group], is_special)
+            self._set(codec, self.settings)
+            return self.codec.size - before
 
     def add_special_tokens(self, special_tokens: Mapping[str, Any]) -> int:
         """Add tokens that mark structure.
@@ -253,6 +278,14 @@ class TokenizerState(ABC):
         Raises:
             TokenizerError: there is no such key, or a token is empty or no text.
         """
+        with self._changing:
+            changes = self._special_changes(special_tokens)
+            before = self.codec.size
+            self._set(self.codec, self.settings.changed(**changes))
+            return self.codec.size - before
+
+    def _special_changes(self, special_tokens: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that `add_special_tokens` changes."""
         known = ["additional_special_tokens", *(f"{role}_token" for role in ROLES)]
         changes = dict(special_tokens)
         for key, value in changes.items():
@@ -263,23 +296,26 @@ class TokenizerState(ABC):
                     f"Known: {', '.join(known)}."
                 )
             if key == "additional_special_tokens":
+                if not isinstance(value, (list, tuple)):
+                    raise TokenizerError(f"{key} is {value!r}; expected a list of texts.")
                 names = [_plain_name(token) for token in value]
                 changes[key] = tuple(dict.fromkeys([*self.additional_special_tokens, *names]))
             else:
                 changes[key] = _plain_name(value)
-        before = self.codec.size
-        self._set(self.codec, self.settings.changed(**changes))
-        return self.codec.size - before
+        return changes
+
+
+def _says(token: Any, name: str) -> bool:
+    """Whether a token, given as a text or as an AddedToken of Transformers, has a property."""
+    found = token.get(name) if isinstance(token, Mapping) else getattr(token, name, False)
+    return not isinstance(token, str) and found is True
 
 
 def _plain_name(token: Any) -> str:
     """The text of a token to add; a TokenizerError if more is asked of it than to be that text."""
-    asked = [
-        name for name in ("lstrip", "rstrip", "single_word")
-        if (token.get(name) if isinstance(token, Mapping) else getattr(token, name, False)) is True
-    ]  # fmt: skip
+    asked = [name for name in ("lstrip", "rstrip", "single_word") if _says(token, name)]
     name = getattr(token, "content", spelling(token))
-    if asked and not isinstance(token, str):
+    if asked:
         raise TokenizerError(
             f"The token {name!r} asks for {' and '.join(asked)}, which Gemma's tokens do not have. "
             "Leave it out: a token is found exactly as it is spelled."

@@ -12,7 +12,8 @@ STORY = (
     "Once upon a time there was a king who had three sons. The youngest son went out into the wide "
     "world to seek his fortune, and the old woman gave him bread, cheese and a little grey horse."
 )
-MARKS = ["<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<start_of_turn>", "<end_of_turn>"]
+MARKS = ["<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused1>"]
+TURNS = ["<start_of_turn>", "<end_of_turn>"]
 TEXT_PIECES = ["\n", "\n\n", "▁▁", "▁▁▁", "\t\t", "<table>", "</h1>", "<s>"]
 
 
@@ -46,7 +47,7 @@ def trained(**changes) -> bytes:
         "eos_piece": "<eos>",
         "bos_piece": "<bos>",
         "unk_piece": "<unk>",
-        "user_defined_symbols": [*MARKS, *TEXT_PIECES],
+        "user_defined_symbols": [*MARKS, *TURNS, *TEXT_PIECES],
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(

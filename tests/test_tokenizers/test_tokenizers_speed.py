@@ -65,17 +65,15 @@ def test_loading_a_tokenizer_json(saved):
     assert found < WITHIN
 
 
-def test_converting_a_tokenizer_model_takes_under_three_seconds_once(
-    gemma_1, tmp_path, monkeypatch
-):
+def test_converting_a_tokenizer_model_takes_three_loads_once(saved, gemma_1, tmp_path, monkeypatch):
     content = gemma_1.read_bytes()
-    times = []
-    for attempt in range(3):
-        monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path / str(attempt)))
-        start = time.perf_counter()
+    attempts = iter(range(100))
+
+    def convert():
+        monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path / str(next(attempts))))
         GemmaTokenizerFast(content)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 3
-    start = time.perf_counter()
-    GemmaTokenizerFast(content)
-    assert time.perf_counter() - start < min(times)
+
+    # A load takes one second on a machine where the conversion is to take under three.
+    load = lambda: tokenizers.Tokenizer.from_file(str(saved))  # noqa: E731
+    assert ratio(convert, load, 3) < 3
+    assert ratio(lambda: GemmaTokenizerFast(content), load, 2) < 1.6

@@ -1,6 +1,5 @@
 """GemmaTokenizer: against sentencepiece, against Transformers, and where it goes its own way."""
 
-import io
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,6 @@ from gemma_hub.tokenizers import GemmaTokenizer, Tokenizer
 from gemma_hub.tokenizers.model_file import PieceType, read_model_file
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizer"
-GEMMA_1 = DATA / "gemma1" / "tokenizer.rebuilt.model"
 STORY = (
     "Once upon a time there was a king who had three sons. The youngest son went out into the wide "
     "world to seek his fortune, and the old woman gave him bread, cheese and a little grey horse."
@@ -26,54 +24,17 @@ TURNS = ["<start_of_turn>", "<end_of_turn>"]
 TEXT_PIECES = ["\n", "\n\n", "▁▁", "▁▁▁", "\t\t", "<table>", "</h1>", "<s>"]
 
 
-def train(**changes) -> bytes:
-    """A SentencePiece model with Gemma's settings and a few hundred pieces."""
-    model = io.BytesIO()
-    options = {
-        "model_type": "bpe",
-        "vocab_size": 420,
-        "byte_fallback": True,
-        "split_digits": True,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "character_coverage": 1.0,
-        "pad_id": 0,
-        "eos_id": 1,
-        "bos_id": 2,
-        "unk_id": 3,
-        "pad_piece": "<pad>",
-        "eos_piece": "<eos>",
-        "bos_piece": "<bos>",
-        "unk_piece": "<unk>",
-        "user_defined_symbols": [*MARKS, *TURNS, *TEXT_PIECES],
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(STORY.split(". ")), model_writer=model, **(options | changes)
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def model() -> bytes:
-    return train()
-
-
 @pytest.fixture(scope="module")
 def small(model) -> GemmaTokenizer:
     return GemmaTokenizer(model)
 
 
 @pytest.fixture(scope="module")
-def gemma_1() -> GemmaTokenizer:
-    if not GEMMA_1.is_file():
-        pytest.skip("Gemma's 256,000-piece vocabulary is not part of the repository")
-    return GemmaTokenizer.from_pretrained(GEMMA_1)
+def large(gemma_1) -> GemmaTokenizer:
+    return GemmaTokenizer.from_pretrained(gemma_1)
 
 
-@pytest.fixture(scope="module", params=["small", "gemma_1"])
+@pytest.fixture(scope="module", params=["small", "large"])
 def tokenizer(request) -> GemmaTokenizer:
     return request.getfixturevalue(request.param)
 
@@ -140,43 +101,21 @@ def test_broken_bytes_become_one_replacement_character_each(tokenizer):
     assert tokenizer.decode([*euro[:2], letter]) == "\ufffd\ufffda"
 
 
-# -- against Transformers --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def peer(tokenizer, tmp_path_factory):
-    """Transformers' tokenizer over the same vocabulary."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("google.protobuf", reason="Transformers reads the file with it")
-    folder = tmp_path_factory.mktemp("peer")
-    (folder / "tokenizer.model").write_bytes(tokenizer._content)
-    return transformers.GemmaTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("text", [*TEXTS, "<bos>a<eos> <pad><unk>", "<mask><unused0>[@BOS@]"])
-def test_ids_and_text_are_those_of_transformers(request, tokenizer, peer, text):
-    if "  " in text and "small" in request.node.name:
-        pytest.skip("Transformers knows runs of spaces by merges, which this vocabulary lacks")
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert ids == peer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids) == peer.decode(ids)
-
-
 # -- Gemma 1's vocabulary --------------------------------------------------------------------------
 
 
-def test_known_ids_of_gemma_1(gemma_1):
-    assert gemma_1.vocab_size == 256_000
+def test_known_ids_of_gemma_1(large):
+    assert large.vocab_size == 256_000
     chat = "<start_of_turn>user\nHello world<end_of_turn>\n"
-    assert gemma_1.encode(chat) == [2, 106, 1645, 108, 4521, 2134, 107, 108]
-    assert gemma_1.encode("\n\n  1") == [2, 109, 139, 235274]
-    assert (gemma_1.token_to_id("▁"), gemma_1.id_to_token(235_248)) == (235_248, "▁")
+    assert large.encode(chat) == [2, 106, 1645, 108, 4521, 2134, 107, 108]
+    assert large.encode("\n\n  1") == [2, 109, 139, 235274]
+    assert (large.token_to_id("▁"), large.id_to_token(235_248)) == (235_248, "▁")
 
 
-def test_special_ids_of_gemma_1(gemma_1):
+def test_special_ids_of_gemma_1(large):
     # Control pieces, marks and turns; not newlines (108-138), spaces (139-168), HTML (169-216) or
     # tabs (255969-255998).
-    assert gemma_1.special_token_ids == {*range(108), 255_968, 255_999}
+    assert large.special_token_ids == {*range(108), 255_968, 255_999}
 
 
 # -- special tokens --------------------------------------------------------------------------------
@@ -218,7 +157,7 @@ def test_plain_text_comes_back_from_any_vocabulary(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
-def test_overlapping_marks_are_all_kept_plain():
+def test_overlapping_marks_are_all_kept_plain(train):
     tokenizer = GemmaTokenizer(train(user_defined_symbols=["[a]", "<[a]>", "[b]"]))
     text = "<[a]> [[a] [b]"
     ids = tokenizer.encode(text, add_special_tokens=False, allow_special=False)
@@ -243,7 +182,7 @@ def test_decode_keeps_or_drops_special_tokens(small):
     assert small.decode(ids, skip_special_tokens=True) == "user\nHi\n"
 
 
-def test_without_byte_pieces_unknown_text_is_unk():
+def test_without_byte_pieces_unknown_text_is_unk(train):
     tokenizer = GemmaTokenizer(train(byte_fallback=False, vocab_size=100))
     ids = tokenizer.encode("a🧙", add_special_tokens=False)
     assert ids[-1] == tokenizer.unk_token_id
@@ -283,7 +222,7 @@ def test_numpy_ids_decode(small):
     assert small.decode(np.array(ids)) == small.decode(ids)
 
 
-def test_padding_is_eos_where_there_is_no_pad():
+def test_padding_is_eos_where_there_is_no_pad(train):
     assert GemmaTokenizer(train(pad_id=-1)).pad_token_id == 1
 
 
@@ -340,12 +279,12 @@ def test_a_file_cut_short_anywhere_is_refused(model):
 
 
 @pytest.mark.parametrize("name", ["bos", "eos"])
-def test_a_vocabulary_without_bos_or_eos_is_refused(name):
+def test_a_vocabulary_without_bos_or_eos_is_refused(name, train):
     with pytest.raises(TokenizerError, match=f"has no <{name}>"):
         GemmaTokenizer(train(**{f"{name}_id": -1}))
 
 
-def test_a_dummy_prefix_is_added_once_and_taken_away():
+def test_a_dummy_prefix_is_added_once_and_taken_away(train):
     tokenizer = GemmaTokenizer(train(add_dummy_prefix=True))
     processor = tokenizer.codec.engine._starting
     ids = tokenizer.encode("a king")
@@ -423,6 +362,6 @@ def test_a_file_cut_between_two_fields_is_refused(model):
         GemmaTokenizer(model[:cut])
 
 
-def test_the_longest_name_of_a_special_token_counts():
+def test_the_longest_name_of_a_special_token_counts(train):
     tokenizer = GemmaTokenizer(train(bos_piece="<s", eos_piece="<sos>"))
     assert tokenizer.encode("<sos><s", add_special_tokens=False) == [1, 2]
