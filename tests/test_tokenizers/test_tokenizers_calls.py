@@ -1,6 +1,7 @@
 """Calls: pairs, padding, truncation, arrays, added tokens, copies, threads, and code to fill in."""
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -73,6 +74,30 @@ def test_spans_are_of_each_text_alone(tok):
             assert (start, end) == (0, 0)
         else:
             assert tok.decode(token_id) == texts[which][start:end]
+
+
+def test_both_classes_give_one_result_for_every_option(model):
+    texts = [A, B, "", "  two▁<end_of_turn>é😀\n", "a"]
+    returned = {f"return_{name}": True for name in (
+        "token_type_ids", "special_tokens_mask", "offsets_mapping", "length")}  # fmt: skip
+    tried = 0
+    for around, side, cut in itertools.product(
+        itertools.product([False, True], repeat=2), ["left", "right"], ["left", "right"]
+    ):
+        settings = dict(zip(("add_bos_token", "add_eos_token"), around, strict=True))
+        settings |= {"padding_side": side, "truncation_side": cut}
+        slow, fast = (k(model, **settings) for k in (GemmaTokenizer, GemmaTokenizerFast))
+        for padding, truncation, seconds, plain in itertools.product(
+            [False, "longest", "max_length"],
+            [False, "longest_first", "only_first"],
+            [None, texts[::-1]],
+            [False, True],
+        ):
+            options = {"padding": padding, "truncation": truncation, "max_length": 40}
+            options |= {"pad_to_multiple_of": 7, "allow_special": not plain, **returned}
+            assert slow(texts, seconds, **options) == fast(texts, seconds, **options), options
+            tried += 1
+    assert tried == 16 * 36
 
 
 def test_user_text_can_be_kept_plain_in_every_call(tok):
@@ -148,6 +173,36 @@ def test_the_longer_text_of_a_pair_is_cut_first_and_of_equal_ones_the_second(
     assert (row.token_type_ids.count(0), row.token_type_ids.count(1)) == kept
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_longest_text_is_cut_one_token_at_a_time(tok, side):
+    tok.truncation_side = side
+    letters = tok.convert_tokens_to_ids(["1", "2", "3", "4", "5", "6", "7"])
+    for m, n, room in itertools.product(range(8), range(8), range(1, 14)):
+        a, b = letters[:m], letters[:n]
+        while len(a) + len(b) > room:
+            (a if len(a) > len(b) else b).pop(0 if side == "left" else -1)
+        row = tok("1234567"[:m], "1234567"[:n], truncation=True, max_length=room + 2)
+        assert row.input_ids == [2, *a, 2, *b]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_text_of_a_pair_is_cut_at_the_side_that_is_set(tok, side):
+    tok.truncation_side = side
+    a, b = (tok(t, add_special_tokens=False, return_offsets_mapping=True) for t in (A, B))
+    kept = slice(3, None) if side == "left" else slice(len(a.input_ids) - 3)
+    row = tok(A, B, truncation="only_first", max_length=len(a.input_ids) + len(b.input_ids) - 1,
+              return_offsets_mapping=True)  # fmt: skip
+    assert row.input_ids == [2, *a.input_ids[kept], 2, *b.input_ids]
+    assert row.offset_mapping == [(0, 0), *a.offset_mapping[kept], (0, 0), *b.offset_mapping]
+
+
+def test_a_text_may_be_cut_to_nothing(tok):
+    b = tok.encode(B, add_special_tokens=False)
+    assert tok(A, B, truncation="only_first", max_length=len(b) + 2).input_ids == [2, 2, *b]
+    assert tok(A, truncation=True, max_length=1).input_ids == [2]
+    assert tok(A, "").input_ids == [*tok.encode(A), 2]
+
+
 def test_one_text_of_a_pair_is_cut_if_that_is_enough(tok):
     full = tok(A, B).input_ids
     only = tok(A, B, truncation="only_second", max_length=len(full) - 2).input_ids
@@ -169,6 +224,8 @@ def test_one_text_of_a_pair_is_cut_if_that_is_enough(tok):
         ({"truncation": True, "max_length": 0}, "max_length is 0; expected an integer from 1"),
         ({"padding": True, "pad_to_multiple_of": -8}, "pad_to_multiple_of is -8"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'; expected 'np', 'pt', 'jax'"),
+        ({"return_tensors": []}, r"return_tensors is \[\]; expected"),
+        ({"truncation": True, "max_length": True}, "max_length is True"),
         ({"return_tensors": "np"}, r"The rows have \d+ to \d+ tokens.*padding=True"),
     ],
 )
@@ -183,6 +240,8 @@ def test_wrong_options_are_named(tok, options, message):
         (None, None, TokenizerError), (b"a", None, TokenizerError),
         (["a", 3], None, TokenizerError),
         ("a", ["b"], InputError), (["a"], "b", InputError), (["a", "b"], ["c"], InputError),
+        (["a"], 5, InputError), (["a"], b"b", InputError), (["a"], (t for t in "a"), InputError),
+        ([("a", "b"), "c"], None, TokenizerError), ([("a", "b"), ("c",)], None, TokenizerError),
         ([["a", "b", "c"]], None, TokenizerError),
     ],
 )  # fmt: skip
@@ -206,6 +265,40 @@ def test_pad_collates_what_calls_gave(tok):
         tok.pad([{"ids": [2, 5]}])
 
 
+def test_pad_takes_rows_that_are_padded_already(tok):
+    rows = tok([A, B], padding=True, return_special_tokens_mask=True)
+    wider = tok.pad(rows, padding="max_length", max_length=30)
+    assert wider == tok([A, B], padding="max_length", max_length=30,
+                        return_special_tokens_mask=True)  # fmt: skip
+    right = tok.pad({"input_ids": [[2, 5], [2]]}, padding_side="right", pad_to_multiple_of=4)
+    assert right == {"input_ids": [[2, 5, 0, 0], [2, 0, 0, 0]],
+                     "attention_mask": [[1, 1, 0, 0], [1, 0, 0, 0]]}  # fmt: skip
+    assert set(tok.pad({"input_ids": [[2]]}, return_attention_mask=False)) == {"input_ids"}
+    assert tok.pad([]) == {"input_ids": [], "attention_mask": []}
+
+
+def test_labels_at_padding_do_not_count(tok):
+    rows = [{"input_ids": [2, 5], "labels": [7, 8]}, {"input_ids": [2], "labels": [9]}]
+    batch = tok.pad(rows, return_tensors="np")
+    assert batch.labels.tolist() == [[7, 8], [-100, 9]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"input_ids": [2]}, {"input_ids": [5], "attention_mask": [0]}], "the same entries"),
+        ([{"input_ids": [2], "attention_mask": [0]}, {"input_ids": [5]}], "the same entries"),
+        ([[2, 5], [2]], "have list; expected dicts"),
+        ({"input_ids": [2, 5]}, r"input_ids has 2 for a row.*pad\(\[encoding\]\)"),
+        ({"input_ids": [[2], [5]], "length": [1, 1]}, "no rule to pad length"),
+        ({"input_ids": [[2]], "name": ["a"]}, "no rule to pad name"),
+    ],
+)
+def test_encodings_that_cannot_be_padded_are_named(tok, rows, message):
+    with pytest.raises(InputError, match=message):
+        tok.pad(rows)
+
+
 # -- arrays of frameworks --------------------------------------------------------------------------
 
 
@@ -221,8 +314,31 @@ def test_arrays_have_a_row_for_each_text(tok, framework):
     assert tuple(tok(A, return_tensors=framework).input_ids.shape) == (1, len(tok.encode(A)))
     assert tok.batch_decode(encoding.input_ids, skip_special_tokens=True) == [A, B]
     assert tok.decode(encoding.input_ids[0], skip_special_tokens=True) == A
+    assert tok.decode(encoding.input_ids[0, -1]) == tok.decode(tok.encode(A)[-1])
+    collated = tok.pad([{"input_ids": row} for row in encoding.input_ids], return_tensors=framework)
+    assert np.asarray(collated.input_ids).tolist() == np.asarray(encoding.input_ids).tolist()
     if framework == "pt":
         assert encoding.to("cpu").input_ids.device.type == "cpu"
+
+
+def test_arrays_of_no_row_and_of_no_token_have_their_axes(tok):
+    options = {"return_tensors": "np", "return_offsets_mapping": True, "return_length": True}
+    shapes = {name: array.shape for name, array in tok([], **options).items()}
+    assert shapes == {"input_ids": (0, 0), "attention_mask": (0, 0), "offset_mapping": (0, 0, 2),
+                      "length": (0,)}  # fmt: skip
+    assert tok("", add_special_tokens=False, **options).offset_mapping.shape == (1, 0, 2)
+
+
+@pytest.mark.parametrize(("framework", "module"), [("pt", "torch"), ("jax", "jax")])
+def test_a_framework_that_is_not_installed_is_named(tok, framework, module, monkeypatch):
+    for name in (module, f"{module}.numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=f"needs {module}, which cannot be imported"):
+        tok(A, return_tensors=framework)
+
+
+def test_numpy_lengths_are_lengths(tok):
+    assert tok(A, truncation=True, max_length=np.int64(3)) == tok(A, truncation=True, max_length=3)
 
 
 def test_no_framework_is_imported_before_it_is_asked_for(tmp_path, model):
@@ -253,9 +369,14 @@ def test_pieces_and_ids_convert_both_ways(tok):
     assert len(tok) == tok.vocab_size == len(tok.get_vocab()) == 420
     assert tok.vocab["<eos>"] == 1
     assert tok.decode(5) == tok.decode([5]) == "<2mass>"
-    for wrong in ("ab", 1.5, None, [[1]]):
+    for wrong in ("ab", 1.5, None, [[1]], np.array([[2, 5]]), np.array([2.0]), tok(A)):
         with pytest.raises(TokenizerError, match="expected"):
             tok.decode(wrong)
+    for one in (5, np.int64(5), np.array(5), np.array([5])):
+        assert tok.decode(one) == "<2mass>"
+    assert tok.batch_decode([[2, 5], np.array([1]), (5,), []]) == [
+        "<bos><2mass>", "<eos>", "<2mass>", "",
+    ]  # fmt: skip
 
 
 # -- added tokens and settings ---------------------------------------------------------------------
@@ -272,6 +393,30 @@ def test_added_tokens_are_found_anywhere(tok):
     plain = tok.encode("newword", allow_special=False)
     assert plain == [2, 420]
     assert tok.vocab["newword"] == tok.token_to_id("newword") == 420
+
+
+def test_a_piece_that_is_added_keeps_its_id_and_is_cut_out(tok):
+    king = tok.token_to_id("▁king")
+    assert tok.add_tokens(["▁king", "<end_of_turn>"]) == 0
+    assert words(tok, tok.encode("a▁kings", add_special_tokens=False)) == ["a", "▁king", "s"]
+    assert tok.token_to_id("▁king") == king
+    assert tok.token_to_id("<end_of_turn>") in tok.special_token_ids
+
+
+def test_added_tokens_of_the_tokenizers_package_say_what_they_are(tok):
+    tokenizers = pytest.importorskip("tokenizers")
+    special = tokenizers.AddedToken("<one>", special=True)
+    assert tok.add_tokens([special, "<two>", {"content": "<three>", "special": True}]) == 3
+    assert tok.add_tokens(tokenizers.AddedToken("<four>")) == tok.add_tokens({"content": "x4"}) == 1
+    assert {420, 422} <= tok.special_token_ids
+    assert not {421, 423, 424} & tok.special_token_ids
+    assert tok.convert_ids_to_tokens(range(420, 425)) == [
+        "<one>",
+        "<two>",
+        "<three>",
+        "<four>",
+        "x4",
+    ]
 
 
 def test_special_added_tokens_mark_structure(tok):
@@ -292,6 +437,7 @@ def test_special_added_tokens_mark_structure(tok):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [([""], "is empty"), ([7], "is a int; expected a str"), (["a\ud800"], "lone surrogate"),
+     ([None], "is a NoneType"), ([["x"]], "is a list"),
      ([{"content": "x", "lstrip": True}], "asks for lstrip")],
 )  # fmt: skip
 def test_tokens_that_cannot_be_added_are_named_and_nothing_changes(tok, tokens, message):
@@ -312,6 +458,46 @@ def test_unknown_special_tokens_and_settings_are_named(tok, kind, model):
     assert (tok.padding_side, tok.eos_token) == ("left", "<eos>")
     tok.eos_token = "<end_of_turn>"
     assert tok.eos_token_id == tok.token_to_id("<end_of_turn>")
+
+
+@pytest.mark.parametrize("wrong", ["<tag>", None, 7, [7], [""], {"<tag>": 1}])
+def test_additional_special_tokens_are_a_list_of_texts(tok, kind, model, wrong):
+    def set_it():
+        tok.additional_special_tokens = wrong
+
+    for change in (
+        set_it,
+        lambda: tok.add_special_tokens({"additional_special_tokens": wrong}),
+        lambda: kind(model, additional_special_tokens=wrong),
+    ):
+        with pytest.raises(TokenizerError, match="expected|empty"):
+            change()
+    assert tok.additional_special_tokens == ()
+    assert len(tok) == 420
+
+
+def test_a_role_goes_back_to_the_vocabulary(tok):
+    tok.pad_token, tok.eos_token = "<eos>", "<end_of_turn>"
+    assert (tok.pad_token_id, tok.eos_token_id) == (1, tok.token_to_id("<end_of_turn>"))
+    tok.pad_token = tok.eos_token = None
+    for one in (tok, copy.copy(tok)):
+        assert (one.pad_token, one.pad_token_id) == ("<pad>", 0)
+        assert (one.eos_token, one.eos_token_id) == ("<eos>", 1)
+
+
+def test_settings_are_attributes(tok):
+    tok.add_eos_token, tok.model_max_length = True, 3
+    tok.chat_template, tok.truncation_side = "{{ bos_token }}", "left"
+    assert (tok.settings.add_eos_token, tok.settings.model_max_length) == (True, 3)
+    assert tok(A, truncation=True).input_ids == [2, tok.encode(A)[-2], 1]
+    assert tok.apply_chat_template([{"role": "user", "content": "x"}]).input_ids == [2]
+    for name, wrong in (
+        ("add_bos_token", 1), ("model_max_length", 0), ("model_max_length", True),
+        ("truncation_side", "up"), ("chat_template", 5), ("pad_token", 5), ("unk_token", "none"),
+    ):  # fmt: skip
+        with pytest.raises(TokenizerError, match=name):
+            setattr(tok, name, wrong)
+    assert tok.settings.model_max_length == 3
 
 
 # -- copies and threads ----------------------------------------------------------------------------
@@ -350,6 +536,45 @@ def test_threads_share_a_tokenizer_while_one_adds_tokens(tok):
         thread.join()
     assert not wrong
     assert len(tok) == 460
+
+
+def test_threads_that_add_tokens_lose_none(tok):
+    def work(number):
+        for i in range(15):
+            tok.add_tokens(f"token {number} {i}.")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(tok) == 420 + 8 * 15
+    assert sorted(tok.get_added_vocab().values()) == list(range(420, 540))
+
+
+def test_a_call_sees_a_change_wholly_or_not_at_all(tok):
+    class Changing(str):
+        __slots__ = ()
+
+        def encode(self, *options):
+            tok.add_tokens(f"king{len(tok)}")
+            tok.add_tokens("king")
+            tok.eos_token = "<end_of_turn>"
+            tok.add_eos_token = True
+            return super().encode(*options)
+
+    before = tok.encode("a kings")
+    for options in ({}, {"return_offsets_mapping": True}):
+        ids = tok([Changing("a kings"), "a kings"], **options).input_ids
+        assert ids == [before, before]
+        tok.__init__(tok._content)
+    assert tok.encode(Changing("a kings")) == before
+    assert tok.encode("a kings")[-1] == tok.token_to_id("<end_of_turn>")
 
 
 # -- code ------------------------------------------------------------------------------------------
