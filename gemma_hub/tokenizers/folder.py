@@ -93,8 +93,8 @@ def _find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
     return Found(
         path / there[0],
         model if is_json and model.is_file() else None,
-        _settings(path, is_json),
-        _added(path),
+        _settings(path),
+        _added(path, is_json),
     )
 
 
@@ -162,11 +162,11 @@ def _check_size(path: Path) -> None:
         raise TokenizerError(f"{path} is far too large for settings. Get the file again.")
 
 
-def _settings(folder: Path, is_json: bool) -> TokenizerSettings:
+def _settings(folder: Path) -> TokenizerSettings:
     config = _json(folder / CONFIG_FILE)
     named = {k: v for k, v in _json(folder / _MAP_FILE).items() if config.get(k) is None}
-    if is_json and not config.keys() >= {"add_bos_token", "add_eos_token"}:
-        config = _around(read(folder / JSON_FILE)) | config
+    if not config.keys() >= {"add_bos_token", "add_eos_token"}:
+        config = _around(_json_part(folder, "post_processor")) | config
     template = folder / TEMPLATE_FILE
     if template.is_file():
         config["chat_template"] = _text(template)
@@ -181,20 +181,31 @@ def _checked(path: Path, config: Mapping[str, Any]) -> TokenizerSettings:
         raise TokenizerError(f"{path}: {error}") from error
 
 
-def _around(content: bytes) -> dict[str, bool]:
-    """What a tokenizer.json puts around a text, where it says so.
+def _json_part(folder: Path, name: str) -> Any:
+    """A part of a tokenizer.json that stands before its model, which is not read; or None.
 
-    Transformers 5 says it nowhere else.
+    Transformers 5 says some things nowhere else. A damaged file is refused by who reads it whole.
     """
-    # Inside a JSON text the quotes would be escaped. The model, with all pieces, is not read.
-    _, _, rest = content.partition(b'"post_processor"')
-    rest = rest.partition(b'"model"')[0].lstrip().removeprefix(b":").lstrip()
+    path = folder / JSON_FILE
+    if not path.is_file():
+        return None
+    # Inside a JSON text the quotes would be escaped.
+    front, _, _ = read(path).partition(b'"model"')
+    _, _, rest = front.partition(b'"%s"' % name.encode())
     try:
-        made, _ = json.JSONDecoder().raw_decode(rest.decode("utf-8"))
-        steps = [next(iter(step)) for step in made["single"]]
+        text = rest.decode("utf-8").lstrip().removeprefix(":").lstrip()
+        return json.JSONDecoder().raw_decode(text.rstrip().removesuffix(","))[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _around(post_processor: Any) -> dict[str, bool]:
+    """What the post-processor of a tokenizer.json puts around a text, if it is Gemma's kind."""
+    try:
+        steps = [next(iter(step)) for step in post_processor["single"]]
         place = steps.index("Sequence")
-    except (ValueError, LookupError, TypeError, StopIteration, RecursionError):
-        return {}  # another kind of post-processor, or none; a damaged file is refused elsewhere
+    except (ValueError, LookupError, TypeError, StopIteration):
+        return {}
     return {
         "add_bos_token": "SpecialToken" in steps[:place],
         "add_eos_token": "SpecialToken" in steps[place:],
@@ -209,11 +220,17 @@ def _text(path: Path) -> str:
         raise TokenizerError(f"{path} cannot be read as UTF-8: {error}.") from error
 
 
-def _added(folder: Path) -> dict[str, AddedToken]:
-    """The tokens that tokenizer_config.json and added_tokens.json name, by spelling."""
+def _added(folder: Path, is_json: bool) -> dict[str, AddedToken]:
+    """The tokens that tokenizer_config.json and added_tokens.json name, by spelling.
+
+    Without such names, those of a tokenizer.json that is not read otherwise.
+    """
     path = folder / CONFIG_FILE
     found = {}
     decoder = _json(path).get("added_tokens_decoder") or {}
+    if not decoder and not is_json:
+        path = folder / JSON_FILE
+        decoder = _listed(_json_part(folder, "added_tokens"))
     if not isinstance(decoder, dict):
         raise TokenizerError(f"{path}: added_tokens_decoder is {decoder!r}; expected an object.")
     for key, token in decoder.items():
@@ -234,6 +251,13 @@ def _added(folder: Path) -> dict[str, AddedToken]:
             )
         found.setdefault(name, AddedToken(token_id, is_special=False))
     return found
+
+
+def _listed(added_tokens: Any) -> dict[str, Any]:
+    """The added_tokens of a tokenizer.json as an added_tokens_decoder."""
+    if not isinstance(added_tokens, list):
+        return {}
+    return {str(token.get("id")): token for token in added_tokens if isinstance(token, dict)}
 
 
 def write(

@@ -105,7 +105,7 @@ def _whole(content: bytes) -> Any:
 
 
 def _added_tokens(head: Mapping[str, Any]) -> dict[str, AddedToken]:
-    found = {}
+    found: dict[str, AddedToken] = {}
     tokens = head.get("added_tokens") or []
     if not isinstance(tokens, list):
         raise TokenizerError("Its added_tokens are no list. Get the file again.")
@@ -119,7 +119,12 @@ def _added_tokens(head: Mapping[str, Any]) -> dict[str, AddedToken]:
                 f"The token {token['content']!r} asks for {' and '.join(asked)}, which Gemma's "
                 "tokens do not have. This is another model's tokenizer."
             )
-        found[token["content"]] = AddedToken(token["id"], token.get("special") is True)
+        made = AddedToken(token["id"], token.get("special") is True)
+        if found.setdefault(token["content"], made) != made:
+            raise TokenizerError(
+                f"The added token {token['content']!r} is there twice, with different ids or "
+                "kinds. Keep one of them."
+            )
     return found
 
 
@@ -215,7 +220,9 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         raise TokenizerError(f"A part of it is {part!r}; expected an object. Get the file again.")
     several = part.get(name) if part.get("type") == "Sequence" else [part]
-    return [step for step in several or [] if isinstance(step, dict)]
+    if not isinstance(several, list) or not all(isinstance(step, dict) for step in several):
+        raise TokenizerError(f"Its {name} are {several!r}; expected objects. Get the file again.")
+    return several
 
 
 def _check_model(tokenizer: tokenizers.Tokenizer, size: int) -> None:

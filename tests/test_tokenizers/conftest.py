@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 STORY = (
     "Once upon a time there was a king who had three sons. The youngest son went out into the wide "
     "world to seek his fortune, and the old woman gave him bread, cheese and a little grey horse."
@@ -15,6 +16,31 @@ STORY = (
 MARKS = ["<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused1>"]
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
 TEXT_PIECES = ["\n", "\n\n", "▁▁", "▁▁▁", "\t\t", "<table>", "</h1>", "<s>"]
+TRAINED = {
+    "trained": {},
+    "without_bytes": {"byte_fallback": False, "vocab_size": 120},
+    "overlapping": {
+        "user_defined_symbols": ["[a]", "<[a]>", "[b]", "▁▁", "<x>", "<x>y", "x>", "\n▁", "▁\n"],
+        "control_symbols": ["<eos>>", "¶", "[a]["],
+    },
+    "renamed": {"bos_piece": "<s", "eos_piece": "<sos>", "unk_piece": "\ufffd", "pad_piece": "<so"},
+    "with_prefix": {"add_dummy_prefix": True},
+    "dead_marks": {"user_defined_symbols": ["  ", "a b", "x  ", "▁▁▁", "\x01", "👍🏽"]},
+}
+"""What is different in models that `trained` makes."""
+FILES = {
+    "gemma_1": DATA / "tokenizer/gemma1/tokenizer.rebuilt.model",
+    "tiny": ROOT / "plugins/tiny/gemma_hub_tiny/checkpoint/tokenizer.model",
+    "mistral": DATA / "tokenizer/mistral/mistral01.model",
+    "test_model": DATA / "tokenizer/sentencepiece/test_model.model",
+    "gemma3_test": DATA / "tokenizer/keras_hub/gemma3_test_vocab.spm",
+    "gemma3n_test": DATA / "tokenizer/keras_hub/gemma3n_test_vocab.spm",
+    "gemma4_test": DATA / "tokenizer/keras_hub/gemma4_test_vocab.spm",
+    "gemma_export": DATA / "tokenizer/keras_hub/gemma_export_vocab.spm",
+    "gemma_test": DATA / "tokenizer/keras_hub/gemma_test_vocab.spm",
+    "no_special_token": DATA / "tokenizer/keras_hub/no_special_token_vocab.spm",
+}
+"""Vocabularies that others made, most of them not for Gemma."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,10 +96,30 @@ def model() -> bytes:
 @pytest.fixture(scope="session")
 def gemma_1() -> Path:
     """Gemma's vocabulary of 256,000 pieces."""
-    path = DATA / "tokenizer" / "gemma1" / "tokenizer.rebuilt.model"
+    path = FILES["gemma_1"]
     if not path.is_file():
         pytest.skip("Gemma's 256,000-piece vocabulary is not part of the repository")
     return path
+
+
+def vocabulary(name: str) -> bytes | None:
+    """The content of a tokenizer.model that `TRAINED` or `FILES` names; None if it is absent."""
+    if name in TRAINED:
+        return trained(**TRAINED[name])
+    return FILES[name].read_bytes() if FILES[name].is_file() else None
+
+
+@pytest.fixture(scope="session")
+def named():
+    """`named("trained")` gives the content of a tokenizer.model, or skips the test."""
+
+    def find(name: str) -> bytes:
+        content = vocabulary(name)
+        if content is None:
+            pytest.skip(f"the vocabulary {name} is not part of the repository")
+        return content
+
+    return find
 
 
 @pytest.fixture(scope="session")
