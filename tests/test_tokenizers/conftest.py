@@ -2,10 +2,13 @@
 
 import importlib.util
 import io
+import json
 from pathlib import Path
 
 import pytest
 import sentencepiece
+
+from gemma_hub.tokenizers import GemmaTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -91,6 +94,27 @@ def train():
 @pytest.fixture(scope="session")
 def model() -> bytes:
     return trained()
+
+
+@pytest.fixture(scope="session")
+def saved(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    GemmaTokenizer(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of a whole folder, to break."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def content(saved) -> dict:
+    """Of a tokenizer.json, to change."""
+    return json.loads((saved / "tokenizer.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="session")
