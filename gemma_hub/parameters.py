@@ -73,7 +73,7 @@ def parameter_shapes(config: GemmaConfig, task: str = "causal_lm") -> dict[str, 
     size = {letter: getattr(config, field) for letter, field in _FIELDS.items()}
     return {
         name: tuple(math.prod(size[letter] for letter in axis) for axis in axes)
-        for name, axes in _parameter_axes(config, task).items()
+        for name, axes in parameter_axes(config, task).items()
     }
 
 
@@ -84,7 +84,7 @@ def number_of_parameters(config: GemmaConfig, task: str = "causal_lm") -> int:
 
 def shape_origin(config: GemmaConfig, name: str, task: str = "causal_lm") -> str:
     """The fields of `config` that the shape of one parameter comes from, with their values."""
-    letters = dict.fromkeys("".join(_parameter_axes(config, task)[name]))
+    letters = dict.fromkeys("".join(parameter_axes(config, task)[name]))
     return ", ".join(f"{_FIELDS[x]}={getattr(config, _FIELDS[x])}" for x in letters)
 
 
@@ -96,7 +96,7 @@ def check_task(task: Any) -> None:
         raise InputError(f"There is no task {task!r}. {hint}{' ' if hint else ''}Known: {known}.")
 
 
-def _parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
+def parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
     check_task(task)
     layer = dict(_NORMS_AND_MATRICES)
     if config.attention_bias:

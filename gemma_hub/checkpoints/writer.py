@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gemma_hub.checkpoints.folder import INDEX_FILE, SINGLE_FILE, is_weight_file, listing
+from gemma_hub.checkpoints.output import (
+    check_target,
+    copy_file,
+    flush,
+    whole_folder,
+    write_json,
+)
 from gemma_hub.checkpoints.reader import EMBEDDING, read_eos_token_ids
 from gemma_hub.checkpoints.safetensors_file import FORMAT_DTYPES
 from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
 from gemma_hub.parameters import DTYPES, Weights, parameter_shapes, shape_origin
 
 Progress = Callable[[int, int], None]
@@ -67,25 +71,20 @@ def save_checkpoint(
     copies = _checked_copies(files)
     # The real folder, so that the hidden one is on the same disk also where `path` is a link.
     target = Path(path).expanduser().resolve()
-    _check_target(target, overwrite)
-    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    check_target(target, overwrite, lambda folder: (folder / "config.json").is_file())
     try:
-        hidden.mkdir(parents=True)
-        _write_json(hidden / "config.json", _config_json(config, weights, task))
-        _write_json(hidden / _GENERATION_CONFIG, _generation_json(config))
-        for source in copies:
-            _copy(source, hidden / source.name)
-        read_eos_token_ids(hidden, config)  # so that a damaged file is not copied
-        _write_weights(hidden, weights, sizes, max_shard_bytes, progress)
-        _sync(hidden)
-        _move(hidden, target)
+        with whole_folder(target) as hidden:
+            write_json(hidden / "config.json", _config_json(config, weights, task))
+            write_json(hidden / _GENERATION_CONFIG, _generation_json(config))
+            for source in copies:
+                copy_file(source, hidden / source.name)
+            read_eos_token_ids(hidden, config)  # so that a damaged file is not copied
+            _write_weights(hidden, weights, sizes, max_shard_bytes, progress)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. The weights need "
             f"{sum(sizes.values()):,} bytes of disk. What was there before is still there."
         ) from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 # -- checks, before anything is written ------------------------------------------------------------
@@ -134,22 +133,6 @@ def _checked_copies(files: Sequence[str | Path]) -> list[Path]:
     return copies
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} is a file. Choose another path for the checkpoint.")
-    entries = sorted(target.iterdir())
-    if entries and not overwrite:
-        raise CheckpointError(
-            f"{target} exists already. Choose another path, or pass overwrite=True to replace it."
-        )
-    strange = [entry.name for entry in entries if not entry.is_file()]
-    if entries and (strange or not (target / "config.json").is_file()):
-        what = f"it holds folders ({first_ten(strange)})" if strange else "it has no config.json"
-        raise CheckpointError(f"{target} is not replaced: {what}, so it is not a checkpoint only.")
-
-
 # -- writing ---------------------------------------------------------------------------------------
 
 
@@ -161,18 +144,6 @@ def _generation_json(config: GemmaConfig) -> dict[str, Any]:
     written = config.to_dict()
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: written[key] for key in keys if written[key] is not None}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        _flush(file)
-
-
-def _copy(source: Path, destination: Path) -> None:
-    with source.open("rb") as reader, destination.open("wb") as writer:
-        shutil.copyfileobj(reader, writer)
-        _flush(writer)
 
 
 def _write_weights(
@@ -193,13 +164,13 @@ def _write_weights(
                 done += written
                 if progress:
                     progress(done, total)
-            _flush(file)
+            flush(file)
     if len(shards) > 1:
         places = {
             tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
         }
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -244,34 +215,3 @@ def _write_safetensors(file: BinaryIO, weights: Weights, names: Sequence[str]) -
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         for i in range(0, data.size, _WRITTEN_AT_ONCE):
             yield file.write(data[i : i + _WRITTEN_AT_ONCE].data)
-
-
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the entries of a folder last through a power cut, where the system has a way."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move(hidden: Path, target: Path) -> None:
-    """Rename `hidden` to `target`; what was there is removed once the new one is in its place."""
-    old = hidden.with_suffix(".old")
-    if target.exists():
-        target.rename(old)
-    try:
-        hidden.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
