@@ -1,5 +1,6 @@
 """Writing a folder whole or not at all: into a hidden one beside it, renamed when complete."""
 
+import glob
 import json
 import os
 import secrets
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemma_hub.errors import CheckpointError, first_ten
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -22,12 +28,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Args:
         target: a resolved path, so that both are on the same disk also where it was a link.
     """
-    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    hidden = _hidden(target)
     try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        sync_folder(hidden)
-        _move(hidden, target)
+        with _locked(hidden):
+            yield hidden
+            sync_folder(hidden)
+            _move(hidden, target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path, name: str) -> Iterator[Path]:
+    """A hidden folder to write the file `name` into, which becomes `target` when the block ends.
+
+    What is at `target` is replaced at once then, or kept.
+    """
+    hidden = _hidden(target)
+    try:
+        with _locked(hidden):
+            yield hidden
+            (hidden / name).replace(target)
+            sync_folder(target.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -85,6 +107,46 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hidden(target: Path) -> Path:
+    """A new name beside `target`. What killed processes left under such names is removed."""
+    if target.parent.is_dir():
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+            _remove_unless_used(left)
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold a lock on it, by which others see that its writer lives."""
+    folder.mkdir(parents=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unless_used(folder: Path) -> None:
+    """Remove a folder that no living process holds the lock of; leave it where that is unknown."""
+    if fcntl is None:
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # its writer lives
     finally:
         os.close(descriptor)
 

@@ -13,8 +13,10 @@ import typer
 from gemma_hub.cli.backends import backends
 from gemma_hub.cli.classify import classify
 from gemma_hub.cli.console import say_error
+from gemma_hub.cli.convert import convert
 from gemma_hub.cli.doctor import doctor
 from gemma_hub.cli.extensions import CommandGroup
+from gemma_hub.cli.formats import formats
 from gemma_hub.cli.generate import generate
 from gemma_hub.cli.inspect import inspect
 from gemma_hub.cli.parity import parity
@@ -50,7 +52,10 @@ app = typer.Typer(
 )
 _Group.core = app
 
-for _command in (generate, score, classify, tag, tokenize, parity, backends, doctor, inspect):
+_COMMANDS = (
+    generate, score, classify, tag, tokenize, parity, convert, inspect, formats, backends, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     app.command()(_command)
 
 

@@ -46,6 +46,16 @@ def show_table(console: Console, title: str, listed: Table) -> None:
     console.print()
 
 
+def size(nbytes: int) -> str:
+    """A number of bytes in words, in powers of 1000."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
 def write(text: str) -> None:
     """Write generated text to standard output at once, as it is; on a terminal without controls."""
     sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
-    """Examine versions, plug-ins, backends and checkpoints; exit code 1 if something is wrong."""
+    """Examine versions, plug-ins and what they offer; exit code 1 if something is wrong."""
     from gemma_hub.cli.app import app
     from gemma_hub.cli.extensions import plugin_commands
     from gemma_hub.plugins.doctor import diagnose
@@ -57,6 +57,11 @@ def _print(diagnosis: "Diagnosis") -> None:
     for checkpoint in diagnosis.checkpoints:
         checkpoints.add_row(checkpoint.name, checkpoint.summary, checkpoint.path)
     show_table(console, "checkpoints", checkpoints)
+    formats = table("format", "summary", "distribution", "what it lacks")
+    for info in diagnosis.formats:
+        lacks = Text(info.problem, "bold red") if info.problem else Text(info.missing, "yellow")
+        formats.add_row(info.name, info.summary, f"{info.distribution} {info.version}", lacks)
+    show_table(console, "checkpoint formats", formats)
     for problem in diagnosis.problems:
         name = " ".join(filter(None, (problem.distribution, problem.version, problem.entry_point)))
         where = f"{name} ({problem.phase})".strip()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from gemma_hub.cli.console import out, show_table, table, write
+from gemma_hub.cli.console import out, show_table, size, table, write
 
 if TYPE_CHECKING:
     from gemma_hub.checkpoints import Description
@@ -48,25 +48,16 @@ def _print(description: "Description", tensors: bool) -> None:
     files = table("file", "size")
     files.columns[1].justify = "right"
     for file in description.files:
-        files.add_row(file.name, _size(file.nbytes))
+        files.add_row(file.name, size(file.nbytes))
     if description.files:
         show_table(console, "files", files)
     if tensors:
         listed = table("tensor", "shape", "type", "size", "file")
         for tensor in description.tensors:
             shape = " x ".join(map(str, tensor.shape))
-            listed.add_row(tensor.name, shape, tensor.dtype, _size(tensor.nbytes), tensor.file)
+            listed.add_row(tensor.name, shape, tensor.dtype, size(tensor.nbytes), tensor.file)
         show_table(console, "tensors", listed)
     for problem in description.problems:
         console.print(Text.assemble(("problem: ", "bold red"), problem), soft_wrap=True)
     if not description.problems:
         console.print("No problems.", style="green")
-
-
-def _size(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -1,0 +1,6 @@
+"""Conversion: a checkpoint of any format opened, planned, and written in any other."""
+
+from gemma_hub.conversion.convert import Conversion, convert, plan_conversion
+from gemma_hub.conversion.opening import detect_format, open_source
+
+__all__ = ["Conversion", "convert", "detect_format", "open_source", "plan_conversion"]
