@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from gemma_hub.backend import BuildOptions, TaskSpec
-from gemma_hub.checkpoints import open_checkpoint
 from gemma_hub.config import CLASSIFICATIONS, GemmaConfig
 from gemma_hub.config_checks import resolved_labels
+from gemma_hub.conversion.loading import open_for_task
 from gemma_hub.errors import (
     ConfigError,
     InputError,
@@ -24,17 +25,13 @@ from gemma_hub.tasks.loaded_model import LoadedModel
 from gemma_hub.tasks.sequence_classification import SequenceClassifier
 from gemma_hub.tasks.token_classification import TokenClassifier
 from gemma_hub.tokenizers import open_tokenizer
+from gemma_hub.tokenizers.interface import TokenizerInterface
 
 TASKS: dict[str, type[LoadedModel]] = {
     kind.task: kind for kind in (CausalLM, BaseModel, SequenceClassifier, TokenClassifier)
 }
 """What a model can be loaded for, by name."""
 
-# What `save` puts beside the weights, where the source has it.
-_COMPANIONS = """
-    tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
-    chat_template.jinja generation_config.json
-""".split()
 # The members that every model has ("forward"), and those that a declared feature adds.
 _PROMISES = {
     "forward": ("device", "forward", "native", "to_numpy"),
@@ -125,7 +122,8 @@ class Gemma:
         """A checkpoint, built on a backend.
 
         Args:
-            source: a checkpoint folder, or the name of an installed checkpoint ("tiny").
+            source: a checkpoint of any format that `gemma-hub formats` lists, a folder or a file;
+                or the name of an installed checkpoint ("tiny").
             backend: its name, or "distribution:name"; None for the one that GEMMA_HUB_BACKEND
                 names, else as `PluginRegistry.load` chooses.
             task: what to load it for: "causal_lm", "base", "sequence_classification" or
@@ -154,7 +152,7 @@ class Gemma:
         check_name("task", task, TASKS)
         check_name("dtype", dtype, ("auto", *DTYPES))
         num_labels = _number_of_labels(task, num_labels, id2label)
-        checkpoint = open_checkpoint(
+        checkpoint, files = open_for_task(
             resolved(source), task, tuple(allow_unknown), num_labels=num_labels, seed=seed
         )
         config = checkpoint.config
@@ -173,10 +171,19 @@ class Gemma:
             config,
             backend=loaded,
             dtype=dtype,
-            tokenizer=open_tokenizer(checkpoint.path),
-            files=[path for name in _COMPANIONS if (path := checkpoint.path / name).is_file()],
+            tokenizer=_tokenizer(files),
+            files=files,
             **ends,
         )
+
+
+def _tokenizer(files: Mapping[str, Path]) -> TokenizerInterface | None:
+    """The tokenizer among a checkpoint's files: of the whole folder where it is an ordinary one."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if name in files:
+            path = files[name]
+            return open_tokenizer(path.parent if path.name == name else path)
+    return None
 
 
 def _number_of_labels(task: str, num_labels: int | None, id2label: Any) -> int | None:

@@ -99,7 +99,7 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
         return Description(str(path), None, "causal_lm", 0, None, (), (), (), tuple(problems))
     files = attempt(weight_files, folder)
     config = attempt(GemmaConfig.from_pretrained, folder, allow_unknown)
-    task = _stated_task(folder) if config else "causal_lm"
+    task = stated_task(folder) if config else "causal_lm"
     # Where the index is wrong, the files beside it are still worth a look.
     paths = files.paths if files else _weight_paths(folder)
     opened = [file for p in paths if (file := attempt(SafetensorsFile, p))]
@@ -130,7 +130,7 @@ def describe_checkpoint(path: str | Path, allow_unknown: Sequence[str] = ()) -> 
     )
 
 
-def _stated_task(folder: Path) -> str:
+def stated_task(folder: Path) -> str:
     """The task of the class that config.json names in its architectures."""
     stated = read_json_object(folder / "config.json", ConfigError).get("architectures")
     names = stated if isinstance(stated, list) else []

@@ -1,6 +1,7 @@
 """A classification head for a checkpoint that has none: drawn from a seed, and never in silence."""
 
 import hashlib
+import inspect
 import warnings
 
 import numpy as np
@@ -55,9 +56,17 @@ def with_new_head(body: Weights, config: GemmaConfig, task: str, seed: int) -> W
         f"{config.num_labels} are new, drawn with seed {seed}. Train the model before you use "
         "what it says.",
         NewHeadWarning,
-        stacklevel=4,
+        stacklevel=_frames_of_ours(),
     )
     return WeightsWithHead(body, ArrayWeights(head))
+
+
+def _frames_of_ours() -> int:
+    """Level at which a warning of the caller names the line outside this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == "gemma_hub":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _drawn(name: str, shape: Shape, config: GemmaConfig, seed: int) -> np.ndarray:

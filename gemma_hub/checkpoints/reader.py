@@ -134,7 +134,7 @@ def open_checkpoint(
     Warns:
         NewHeadWarning: a new head was made.
     """
-    _check_arguments(task, num_labels, seed)
+    check_arguments(task, num_labels, seed)
     folder = checkpoint_folder(path)
     files = weight_files(folder)
     config = GemmaConfig.from_pretrained(folder, allow_unknown)
@@ -163,7 +163,7 @@ def open_checkpoint(
     )
 
 
-def _check_arguments(task: str, num_labels: Any, seed: Any) -> None:
+def check_arguments(task: str, num_labels: Any, seed: Any) -> None:
     check_task(task)
     if num_labels is not None and task not in CLASSIFICATIONS:
         raise InputError(

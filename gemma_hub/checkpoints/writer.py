@@ -40,7 +40,7 @@ def save_checkpoint(
     weights: Weights,
     *,
     task: str = "causal_lm",
-    files: Sequence[str | Path] = (),
+    files: Sequence[str | Path] | Mapping[str, Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -56,8 +56,9 @@ def save_checkpoint(
         weights: exactly the parameters that `config` and `task` call for.
         task: what the weights are for, a key of `gemma_hub.config.ARCHITECTURES`; config.json
             names the class of Transformers that has this head.
-        files: files to copy beside them, such as tokenizer.model. A generation_config.json among
-            them is kept as it is; without one it is made from the ids in `config`.
+        files: files to copy beside them, such as tokenizer.model, or {name to give it: file}. A
+            generation_config.json among them is kept as it is; without one it is made from the
+            ids in `config`.
         max_shard_bytes: size above which the weights go to several files.
         overwrite: replace an existing checkpoint folder, as a whole. A folder that holds anything
             else than a checkpoint's files is never replaced.
@@ -74,12 +75,7 @@ def save_checkpoint(
     check_target(target, overwrite, lambda folder: (folder / "config.json").is_file())
     try:
         with whole_folder(target) as hidden:
-            write_json(hidden / "config.json", _config_json(config, weights, task))
-            write_json(hidden / _GENERATION_CONFIG, _generation_json(config))
-            for source in copies:
-                copy_file(source, hidden / source.name)
-            read_eos_token_ids(hidden, config)  # so that a damaged file is not copied
-            _write_weights(hidden, weights, sizes, max_shard_bytes, progress)
+            write_folder(hidden, config, weights, task, copies, max_shard_bytes, progress)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. The weights need "
@@ -119,21 +115,67 @@ def _checked_sizes(config: GemmaConfig, weights: Weights, task: str) -> dict[str
     }
 
 
-def _checked_copies(files: Sequence[str | Path]) -> list[Path]:
-    copies = [Path(file).expanduser() for file in files]
-    names: set[str] = set()
-    for file in copies:
-        if not file.is_file():
-            raise CheckpointNotFoundError(f"There is no file {file} to copy into the checkpoint.")
-        if file.name in names or file.name == "config.json" or is_weight_file(file.name):
+def _checked_copies(files: Sequence[str | Path] | Mapping[str, Path]) -> dict[str, Path]:
+    """{name in the checkpoint: file to copy}."""
+    named = files.items() if isinstance(files, Mapping) else [(Path(f).name, f) for f in files]
+    copies: dict[str, Path] = {}
+    for name, file in named:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"There is no file {path} to copy into the checkpoint.")
+        if name in copies or name == "config.json" or is_weight_file(name):
             raise CheckpointError(
-                f"{file} cannot be copied into the checkpoint: it has another file of that name."
+                f"{path} cannot be copied into the checkpoint: it has another file of that name."
             )
-        names.add(file.name)
+        copies[name] = path
     return copies
 
 
 # -- writing ---------------------------------------------------------------------------------------
+
+
+def write_folder(
+    folder: Path,
+    config: GemmaConfig,
+    weights: Weights,
+    task: str,
+    files: Mapping[str, Path],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint's files into an empty folder, each flushed to disk.
+
+    Args:
+        folder: where they go. What a failure leaves there is the caller's to remove.
+        config: as for `save_checkpoint`, and so are the others.
+        weights: as there.
+        task: as there.
+        files: {name in the checkpoint: file to copy}.
+        max_shard_bytes: as there.
+        progress: as there.
+
+    Raises:
+        CheckpointError: the weights do not fit `config`, or a generation_config.json is damaged.
+        OSError: the folder cannot be written.
+    """
+    sizes = _checked_sizes(config, weights, task)
+    write_companions(folder, config, weights, task, files)
+    _write_weights(folder, weights, sizes, max_shard_bytes, progress)
+
+
+def write_companions(
+    folder: Path, config: GemmaConfig, weights: Weights, task: str, files: Mapping[str, Path]
+) -> None:
+    """Write all that belongs beside the weights: config.json, generation_config.json and copies.
+
+    Raises:
+        CheckpointError: the generation_config.json among `files` is damaged.
+    """
+    write_json(folder / "config.json", _config_json(config, weights, task))
+    write_json(folder / _GENERATION_CONFIG, _generation_json(config))
+    for name, source in files.items():
+        copy_file(source, folder / name)
+    read_eos_token_ids(folder, config)  # so that a damaged file is not copied
 
 
 def _config_json(config: GemmaConfig, weights: Weights, task: str) -> dict[str, Any]:
@@ -154,7 +196,7 @@ def _write_weights(
     progress: Progress | None,
 ) -> None:
     """The weight files, and the index where there are several."""
-    shards = _shards(sizes, max_shard_bytes)
+    shards = split_into_shards(sizes, max_shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = [SINGLE_FILE] if len(shards) == 1 else names
     total, done = sum(sizes.values()), 0
@@ -173,7 +215,7 @@ def _write_weights(
         write_json(folder / INDEX_FILE, index)
 
 
-def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+def split_into_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Names in file order, a new shard where the next tensor would go past the size."""
     shards: list[list[str]] = [[]]
     filled = 0

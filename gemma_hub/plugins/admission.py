@@ -7,11 +7,11 @@ import pluggy
 
 from gemma_hub.errors import nearest
 from gemma_hub.plugins import hookspecs
-from gemma_hub.plugins.checks import checked_backends, checked_checkpoints
+from gemma_hub.plugins.checks import checked_backends, checked_checkpoints, checked_formats
 from gemma_hub.plugins.discovery import Candidate
 from gemma_hub.plugins.guard import call_guarded
 from gemma_hub.plugins.problems import PluginFailure, in_words
-from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec
+from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec, FormatSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,13 @@ class Admitted:
             would lose the results of the others, and no exception would say whose it is.
         backends: what `gemma_hub_backends` returned.
         checkpoints: what `gemma_hub_checkpoints` returned.
+        formats: what `gemma_hub_checkpoint_formats` returned.
     """
 
     hooks: pluggy.PluginManager
     backends: tuple[BackendSpec, ...]
     checkpoints: tuple[CheckpointSpec, ...]
+    formats: tuple[FormatSpec, ...]
 
     def implements(self, hook: str) -> bool:
         """Whether the plug-in implements a hook."""
@@ -54,7 +56,8 @@ def admit(candidate: Candidate, limit: float) -> Admitted:
     )
     backends = checked_backends(_called(hooks, "gemma_hub_backends", limit))
     checkpoints = checked_checkpoints(_called(hooks, "gemma_hub_checkpoints", limit))
-    return Admitted(hooks, backends, checkpoints)
+    formats = checked_formats(_called(hooks, "gemma_hub_checkpoint_formats", limit))
+    return Admitted(hooks, backends, checkpoints, formats)
 
 
 def _registered(plugin: Any, candidate: Candidate) -> pluggy.PluginManager:

@@ -122,6 +122,33 @@ def no_checkpoint(name: str, known: Iterable[str], problems: Iterable[Problem]) 
     return f"There is no installed checkpoint {name!r}. {hint} {installed}".replace("  ", " ")
 
 
+def taken_name(name: str, candidate: Candidate) -> tuple[str, str]:
+    """(cause, remedy) where a plug-in claims the name of a built-in checkpoint format."""
+    return (
+        f"{candidate.distribution} claims the format name {name!r}, which gemma-hub keeps for its "
+        "own format",
+        f'Choose the plug-in\'s as "{candidate.distribution}:{name}".',
+    )
+
+
+def no_format(name: str, known: Iterable[str], problems: Iterable[Problem]) -> str:
+    """The message for a checkpoint format that is not there."""
+    names = list(known)
+    rivals = [other for other in names if other.endswith(f":{name}")]
+    failed = [problem for problem in problems if problem.entry_point == name]
+    if rivals:
+        hint = f"Several distributions have one of that name: {', '.join(rivals)}. Name one so."
+    elif failed:
+        hint = (
+            f"The plug-in {name!r} of {failed[0].distribution} {failed[0].version} failed "
+            f"({failed[0].phase}): {failed[0].cause}. {failed[0].remedy}"
+        )
+    else:
+        hint = nearest(name, names)
+    listed = f"Known: {', '.join(names)}."
+    return f"There is no checkpoint format {name!r}. {hint} {listed}".replace("  ", " ")
+
+
 def _installed(known: Sequence[BackendInfo]) -> str:
     """`Installed: flax, dist:mlx (quarantined).`, for the end of a message."""
     words = [

@@ -11,7 +11,7 @@ from gemma_hub.config import ARCHITECTURES
 from gemma_hub.errors import nearest
 from gemma_hub.parameters import DTYPES
 from gemma_hub.plugins.problems import PluginFailure
-from gemma_hub.plugins.spec import API_VERSION, BackendSpec, CheckpointSpec
+from gemma_hub.plugins.spec import API_VERSION, BackendSpec, CheckpointSpec, FormatSpec
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _CHECKPOINT_NAME = re.compile(r"[a-z][a-z0-9_.-]*")  # as models are named: "tiny-intents"
@@ -58,14 +58,32 @@ def checked_checkpoints(returned: Sequence[object]) -> tuple[CheckpointSpec, ...
     return tuple(specs)
 
 
-def speaks_our_api(spec: BackendSpec) -> bool:
-    """Whether the core offers what the backend was written for: same major, no later minor."""
+def checked_formats(returned: Sequence[object]) -> tuple[FormatSpec, ...]:
+    """The specs that `gemma_hub_checkpoint_formats` returned, all of them sound.
+
+    Raises:
+        PluginFailure: the first thing that is wrong with them.
+    """
+    specs: list[FormatSpec] = []
+    for spec in _flatten("gemma_hub_checkpoint_formats", FormatSpec, returned):
+        assert isinstance(spec, FormatSpec)
+        what = f"checkpoint format {spec.name!r}"
+        _check_made_later(what, spec)
+        if speaks_our_api(spec):
+            _check_requirements(what, spec)
+        specs.append(spec)
+    _check_unique("gemma_hub_checkpoint_formats", [spec.name for spec in specs])
+    return tuple(specs)
+
+
+def speaks_our_api(spec: BackendSpec | FormatSpec) -> bool:
+    """Whether the core offers what the spec was written for: same major, no later minor."""
     major, minor = _parsed(spec.api_version)
     return major == API_VERSION[0] and minor <= API_VERSION[1]
 
 
-def api_failure(spec: BackendSpec, distribution: str) -> PluginFailure:
-    """What to say of a backend that does not speak our version of the contract."""
+def api_failure(spec: BackendSpec | FormatSpec, distribution: str) -> PluginFailure:
+    """What to say of a spec that does not speak our version of the contract."""
     host = f"{API_VERSION[0]}.{API_VERSION[1]}"
     cause = f"it was written for plug-in API {spec.api_version} and this gemma-hub speaks {host}"
     if _parsed(spec.api_version) > API_VERSION:
@@ -77,15 +95,15 @@ def api_failure(spec: BackendSpec, distribution: str) -> PluginFailure:
     return PluginFailure("api version", cause, remedy)
 
 
-def requirement_failure(spec: BackendSpec) -> PluginFailure | None:
-    """What the backend needs and this environment lacks, from metadata alone; None if nothing."""
+def requirement_failure(spec: BackendSpec | FormatSpec) -> PluginFailure | None:
+    """What is needed and this environment lacks, from metadata alone; None if nothing."""
     causes: list[str] = []
     wanted: list[str] = []
     for text in spec.requires:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        installed = _installed_version(requirement.name)
+        installed = installed_version(requirement.name)
         if installed and requirement.specifier.contains(installed, prereleases=True):
             continue
         causes.append(f"it needs {text} and {installed or 'no version'} is installed")
@@ -97,7 +115,8 @@ def requirement_failure(spec: BackendSpec) -> PluginFailure | None:
     )
 
 
-def _installed_version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """The version of an installed distribution; empty if there is none, or it does not say."""
     try:
         return metadata.version(name) or ""
     except Exception:  # noqa: BLE001  # not found, or metadata too broken to tell
@@ -106,7 +125,7 @@ def _installed_version(name: str) -> str:
 
 def _parsed(version: str) -> tuple[int, int]:
     match = _VERSION.fullmatch(version)
-    assert match is not None  # _check_backend saw to it
+    assert match is not None  # _check_made_later saw to it
     return int(match[1]), int(match[2])
 
 
@@ -127,13 +146,7 @@ def _flatten(hook: str, kind: type, returned: Iterable[object]) -> list[object]:
 
 def _check_backend(spec: BackendSpec) -> None:
     what = f"backend {spec.name!r}"
-    _check_name(what, spec.name)
-    if not _matches(_VERSION, spec.api_version):
-        raise _wrong(what, f"has api_version {spec.api_version!r}; expected 'major.minor'")
-    if not _matches(_FACTORY, spec.factory):
-        raise _wrong(what, f"has factory {spec.factory!r}; expected 'module:Class'")
-    _check_text(what, "summary", spec.summary, may_be_empty=True)
-    _check_names(what, "requires", spec.requires)
+    _check_made_later(what, spec)
     if not speaks_our_api(spec):
         return  # a later contract may have features that are unknown here
     _check_names(what, "features", spec.features, known=FEATURES)
@@ -143,6 +156,21 @@ def _check_backend(spec: BackendSpec) -> None:
     _check_names(what, "dtypes", spec.dtypes, known=DTYPES)
     if not spec.dtypes:
         raise _wrong(what, f"has no dtypes; expected at least one of {', '.join(DTYPES)}")
+    _check_requirements(what, spec)
+
+
+def _check_made_later(what: str, spec: BackendSpec | FormatSpec) -> None:
+    """The fields that every spec with a factory has, whatever version of the contract it is of."""
+    _check_name(what, spec.name)
+    if not _matches(_VERSION, spec.api_version):
+        raise _wrong(what, f"has api_version {spec.api_version!r}; expected 'major.minor'")
+    if not _matches(_FACTORY, spec.factory):
+        raise _wrong(what, f"has factory {spec.factory!r}; expected 'module:Class'")
+    _check_text(what, "summary", spec.summary, may_be_empty=True)
+    _check_names(what, "requires", spec.requires)
+
+
+def _check_requirements(what: str, spec: BackendSpec | FormatSpec) -> None:
     for text in spec.requires:
         try:
             Requirement(text)

@@ -86,7 +86,7 @@ class BackendClaim:
         """
         if self.loaded is None and self.problem is None and self.spec is not None:
             try:
-                backend = _made(self.spec)
+                backend = _made_backend(self.spec)
             except PluginFailure as failure:
                 self.fail("quarantined", failure)
             else:
@@ -177,18 +177,26 @@ def problem_of(candidate: Candidate, failure: PluginFailure) -> Problem:
     )
 
 
-def _made(spec: BackendSpec) -> Backend:
-    """What a spec's factory makes. Here, and only here, a framework is imported."""
-    module, _, attributes = spec.factory.partition(":")
+def made_by(factory: str) -> Any:
+    """What "module:Class" makes. Here, and only here, a framework is imported.
+
+    Raises:
+        PluginFailure: it failed; the cause is chained.
+    """
+    module, _, attributes = factory.partition(":")
     try:
-        factory: Any = importlib.import_module(module)
+        made: Any = importlib.import_module(module)
         for attribute in attributes.split("."):
-            factory = getattr(factory, attribute)
-        backend = factory()
+            made = getattr(made, attribute)
+        return made()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit and Rust panics are no Exception
-        raise PluginFailure("factory", f"{spec.factory}: {in_words(error)}") from error
+        raise PluginFailure("factory", f"{factory}: {in_words(error)}") from error
+
+
+def _made_backend(spec: BackendSpec) -> Backend:
+    backend = made_by(spec.factory)
     if not isinstance(backend, Backend):
         raise PluginFailure(
             "factory",

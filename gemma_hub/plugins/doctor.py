@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from gemma_hub.plugins.advice import with_way_out
 from gemma_hub.plugins.discovery import Candidate
 from gemma_hub.plugins.guard import timeout_from_environment
-from gemma_hub.plugins.info import BackendInfo, PluginInfo
+from gemma_hub.plugins.info import BackendInfo, FormatInfo, PluginInfo
 from gemma_hub.plugins.problems import PluginFailure, Problem
 from gemma_hub.plugins.registry import PluginRegistry
 from gemma_hub.plugins.spec import API_VERSION
@@ -27,7 +27,7 @@ IMPORT_BUDGET = 0.05
 """Seconds that a plug-in's light module may take to import, beyond the core's own import."""
 
 _START_UP = 10.0  # seconds that a child may take to start Python and import the core
-_STEPS = 4  # steps in a child that have the plug-in's time limit each
+_STEPS = 5  # steps in a child that have the plug-in's time limit each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,8 @@ class Diagnosis:
         plugins: every plug-in.
         backends: every backend, usable or not.
         checkpoints: every installed checkpoint.
+        formats: every checkpoint format. A built-in one whose reader is not installed is no
+            problem: few need them all.
         problems: everything that is wrong, each with its remedy.
     """
 
@@ -88,6 +90,7 @@ class Diagnosis:
     plugins: tuple[PluginDiagnosis, ...]
     backends: tuple[BackendInfo, ...]
     checkpoints: tuple[CheckpointDiagnosis, ...]
+    formats: tuple[FormatInfo, ...]
     problems: tuple[Problem, ...]
 
     @property
@@ -146,6 +149,7 @@ def diagnose(
         plugins=plugins,
         backends=backends,
         checkpoints=checkpoints,
+        formats=tuple(registry.formats().values()),
         problems=tuple(problems),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pluggy
 
-from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec
+from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec, FormatSpec
 
 PROJECT = "gemma_hub"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -23,6 +23,11 @@ def gemma_hub_backends() -> Sequence[BackendSpec]:  # type: ignore[empty-body]
 @hookspec
 def gemma_hub_checkpoints() -> Sequence[CheckpointSpec]:  # type: ignore[empty-body]
     """Checkpoints that this plug-in ships, by name."""
+
+
+@hookspec
+def gemma_hub_checkpoint_formats() -> Sequence[FormatSpec]:  # type: ignore[empty-body]
+    """Checkpoint formats that this plug-in reads and writes."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""What the registry says of a plug-in and of a backend."""
+"""What the registry says of a plug-in, of a backend and of a checkpoint format."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -76,3 +76,25 @@ class LoadedBackend:
     distribution: str
     version: str
     backend: Backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatInfo:
+    """One checkpoint format.
+
+    Attributes:
+        name: what users type: the format's name, or "distribution:name" where another has it.
+        distribution: name of the distribution it comes from; "gemma-hub" for a built-in one.
+        version: the distribution's version.
+        summary: one line on what it is.
+        missing: what its reader needs and is not installed, and how to install it; empty if
+            nothing. The format recognises paths all the same.
+        problem: why it cannot be used at all; empty if nothing is known to be wrong.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    missing: str
+    problem: str = ""

@@ -11,7 +11,7 @@ Phase = Literal[
     "names",  # two distributions claim one name
     "api version",  # written for a plug-in contract that this core does not speak
     "requires",  # a distribution that the backend needs is missing
-    "factory",  # the backend's class
+    "factory",  # the class of the backend or of the checkpoint format
 ]
 
 

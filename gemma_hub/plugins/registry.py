@@ -1,4 +1,4 @@
-"""The registry: which backends and checkpoints the installed plug-ins offer, and loading them.
+"""The registry: what the installed plug-ins offer, and loading it.
 
 A plug-in that fails is quarantined: `problems()` says why, and an error is raised only when
 somebody asks for what it offers. Importing this module runs no plug-in.
@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.utils import canonicalize_name
 
@@ -24,14 +24,19 @@ from gemma_hub.plugins.claims import (
 )
 from gemma_hub.plugins.commands import add_commands
 from gemma_hub.plugins.discovery import Candidate, Switches, find_candidates
+from gemma_hub.plugins.formats import FormatClaim, format_claims, found_format
 from gemma_hub.plugins.guard import DEFAULT_TIMEOUT, timeout_from_environment
-from gemma_hub.plugins.info import BackendInfo, LoadedBackend, PluginInfo
+from gemma_hub.plugins.info import BackendInfo, FormatInfo, LoadedBackend, PluginInfo
 from gemma_hub.plugins.problems import PluginFailure, Problem
 from gemma_hub.plugins.spec import CheckpointSpec
+
+if TYPE_CHECKING:
+    from gemma_hub.checkpoints.formats.interface import CheckpointFormat
 
 __all__ = [
     "BACKEND_VARIABLE",
     "BackendInfo",
+    "FormatInfo",
     "LoadedBackend",
     "PluginInfo",
     "PluginRegistry",
@@ -61,6 +66,7 @@ class PluginRegistry:
         self._plugins: list[Plugin] = []
         self._claims: list[BackendClaim] = []
         self._checkpoints: dict[str, CheckpointSpec] = {}
+        self._formats: dict[str, FormatClaim] = {}
         self._problems: list[Problem] = []
 
     # -- before any plug-in's code runs --------------------------------------------------------
@@ -116,14 +122,23 @@ class PluginRegistry:
             return self._checkpoints[name]
         raise CheckpointNotFoundError(advice.no_checkpoint(name, self._checkpoints, self._problems))
 
+    def formats(self) -> dict[str, FormatInfo]:
+        """Every checkpoint format by name: the built-in ones in the order to try them, then others.
+
+        A name that two distributions claim is not there, and one of a built-in format means that;
+        the plug-ins' are there as "distribution:name".
+        """
+        self._discover()
+        return {name: claim.info(name) for name, claim in self._formats.items()}
+
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is wrong, each with its remedy."""
         self._discover()
-        failed_factories = (
-            claim.problem
-            for claim in self._claims
-            if claim.problem is not None and claim.problem.phase == "factory"
-        )
+        found = [claim.problem for claim in self._claims]
+        found += [claim.problem for claim in self._formats.values()]
+        failed_factories = [
+            problem for problem in found if problem is not None and problem.phase == "factory"
+        ]
         return (*self._problems, *failed_factories)
 
     # -- actions -------------------------------------------------------------------------------
@@ -145,6 +160,19 @@ class PluginRegistry:
         claim = self._choose(name)
         with self._lock:
             return claim.load()
+
+    def load_format(self, name: str) -> "CheckpointFormat":
+        """The checkpoint format of that name. Its module is imported now, once.
+
+        Args:
+            name: "gguf", or "distribution:name".
+
+        Raises:
+            CheckpointError: there is none of that name, or two distributions claim it.
+            PluginError: it is installed and cannot be loaded; the cause is chained.
+        """
+        self._discover()
+        return found_format(name, self._formats, self._problems).load(self._limit)
 
     def extend_cli(self, app: Any) -> None:
         """Let every plug-in add its commands to `app`, a typer.Typer.
@@ -173,9 +201,12 @@ class PluginRegistry:
             failed = [plugin.problem for plugin in plugins if plugin.problem]
             claims, backend_problems = backend_claims(plugins)
             checkpoints, checkpoint_problems = checkpoint_claims(plugins)
+            formats, format_problems = format_claims(plugins)
             # Only now, so that a KeyboardInterrupt on the way leaves no half of it.
-            self._plugins, self._claims, self._checkpoints = plugins, claims, checkpoints
-            self._problems = problems + failed + backend_problems + checkpoint_problems
+            self._plugins, self._claims = plugins, claims
+            self._checkpoints, self._formats = checkpoints, formats
+            self._problems = problems + failed + backend_problems
+            self._problems += checkpoint_problems + format_problems
             self._is_discovered = True
 
     def _find_candidates(self) -> tuple[list[Candidate], list[Problem]]:

@@ -44,3 +44,25 @@ class CheckpointSpec:
     name: str
     path: str
     summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSpec:
+    """One checkpoint format.
+
+    Attributes:
+        name: the name users type ("gguf"): lower case letters, digits and underscores.
+        api_version: version of the contract it was written for, as "major.minor".
+        factory: "module:Class" of the `gemma_hub.checkpoints.formats.interface.CheckpointFormat`;
+            imported only when the format is used.
+        requires: distributions that its reader needs, as PEP 508 strings; shown to users. Without
+            them the format is there still: it recognises paths, and opening one says what to
+            install.
+        summary: one line for `gemma-hub doctor`.
+    """
+
+    name: str
+    api_version: str
+    factory: str
+    requires: tuple[str, ...] = ()
+    summary: str = ""

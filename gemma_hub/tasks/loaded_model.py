@@ -1,6 +1,6 @@
 """LoadedModel: what every task has in common: a checkpoint on a backend, to run, train and save."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,7 +43,7 @@ class LoadedModel:
         backend: LoadedBackend,
         dtype: str,
         tokenizer: Tokenizer | None = None,
-        files: Iterable[Path] = (),
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         """A task over a model that is built already.
 
@@ -53,7 +53,7 @@ class LoadedModel:
             backend: what built it.
             dtype: what it was built in.
             tokenizer: of the same checkpoint, if it has one.
-            files: files that `save` puts beside the weights, such as tokenizer.model.
+            files: {name: file} of what `save` puts beside the weights, such as tokenizer.model.
         """
         self.contract = contract
         self.model = contract.native
@@ -61,7 +61,7 @@ class LoadedModel:
         self.backend = backend
         self.dtype = dtype
         self.tokenizer = tokenizer
-        self._files = tuple(files)
+        self._files = dict(files or {})
 
     @property
     def device(self) -> str:

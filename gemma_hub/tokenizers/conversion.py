@@ -11,7 +11,6 @@ in the other, so that near ties fall differently.
 import gc
 import hashlib
 import math
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import tokenizers
 
+from gemma_hub import cache
 from gemma_hub.tokenizers.json_file import is_json, with_marks
 from gemma_hub.tokenizers.model_file import ModelFile, ModelType, PieceType
 from gemma_hub.tokenizers.sentencepiece import SentencePieceEngine, open_model
@@ -123,12 +123,8 @@ def _merges(ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def cache_folder() -> Path:
-    """Where converted vocabularies are kept: GEMMA_HUB_CACHE, else where the user's caches are."""
-    given = os.environ.get("GEMMA_HUB_CACHE")
-    if given:
-        return Path(given).expanduser() / "tokenizers"
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(home).expanduser() / "gemma_hub" / "tokenizers"
+    """Where converted vocabularies are kept."""
+    return cache.cache_folder("tokenizers")
 
 
 def _cache_path(digest: str) -> Path:

@@ -16,7 +16,7 @@ _COUNTER = itertools.count()
 
 PREAMBLE = """
 from gemma_hub.plugins.hookspecs import hookimpl
-from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec
+from gemma_hub.plugins.spec import BackendSpec, CheckpointSpec, FormatSpec
 """
 
 BACKEND = """

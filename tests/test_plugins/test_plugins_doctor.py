@@ -154,5 +154,5 @@ def test_json(environment):
     good = next(one for one in raw["backends"] if one["name"] == "good")
     assert good["spec"]["features"] == ["cache", "export"]
     assert set(raw) == {
-        "versions", "plugins", "backends", "checkpoints", "problems", "is_healthy"
+        "versions", "plugins", "backends", "checkpoints", "formats", "problems", "is_healthy"
     }  # fmt: skip

@@ -1,0 +1,261 @@
+"""Transformers' Flax checkpoints: config.json and flax_model.msgpack, whole or in shards."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gemma_hub.checkpoints.description import stated_task
+from gemma_hub.checkpoints.folder import checkpoint_folder, listing
+from gemma_hub.checkpoints.formats.interface import Opened, Progress, WriteOptions
+from gemma_hub.checkpoints.formats.layout import (
+    Layout,
+    canonical_weights,
+    stored_weights,
+)
+from gemma_hub.checkpoints.formats.msgpack_file import MsgpackFile, write_msgpack
+from gemma_hub.checkpoints.formats.stated import companions, config_beside
+from gemma_hub.checkpoints.formats.table import layout
+from gemma_hub.checkpoints.output import flush, write_json
+from gemma_hub.checkpoints.writer import split_into_shards, write_companions
+from gemma_hub.config import CLASSIFICATIONS, GemmaConfig, read_json_object
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten, nearest
+from gemma_hub.parameters import DTYPES, Index, Shape, Weights
+
+_SINGLE_FILE = "flax_model.msgpack"
+_INDEX_FILE = "flax_model.msgpack.index.json"
+_WEIGHT_FILE = re.compile(r"flax_model(-\d+-of-\d+)?\.msgpack")
+_PLAIN_NAME = re.compile(r"[^/\\:\0]+\.msgpack")
+_MAX_SHARD_BYTES = 10_000_000_000  # Transformers' default
+_PREFIX = "model/"
+# Of a base model's tree, which lacks the prefix.
+_BARE = ("embed_tokens/", "layers/", "norm/")
+_HEAD = "lm_head/kernel"
+_ROPE_THETA = 10_000.0
+
+
+class FlaxMsgpack:
+    """Folders that FlaxGemmaForCausalLM and FlaxGemmaModel of Transformers 4 read and write."""
+
+    name = "flax_msgpack"
+    file_name: str | None = None
+    layouts: tuple[str, ...] = ()
+
+    def detect(self, path: Path) -> bool:
+        """Whether the folder has weights under the names that this format has for them."""
+        try:
+            return any((path / name).is_file() for name in (_SINGLE_FILE, _INDEX_FILE))
+        except (OSError, ValueError):
+            return False
+
+    def open(self, path: Path, config: GemmaConfig | None = None) -> Opened:
+        """Open the folder; see `CheckpointFormat`."""
+        folder = checkpoint_folder(path)
+        stored = _Stored(_opened_files(folder))
+        stated = config_beside(folder)
+        if config is None and stated is None:
+            raise CheckpointNotFoundError(
+                f"There is no config.json of a Gemma in {folder}, and the shapes of the tensors "
+                "do not tell the size of a head. Get that file too, or pass the model's config."
+            )
+        has_prefix = any(name.startswith(_PREFIX) for name in stored.names())
+        task = stated_task(folder) if stated else ("causal_lm" if has_prefix else "base")
+        if task in CLASSIFICATIONS:
+            raise CheckpointError(
+                f"{folder / 'config.json'} says that this is for {task}, which no Flax Gemma of "
+                "Transformers has a head for. Write GemmaForCausalLM or GemmaModel in its "
+                "architectures, whichever the weights are."
+            )
+        config = config or stated
+        assert config is not None
+        is_other_head = task != "causal_lm" and _HEAD in stored.names()
+        reason = f"the head of a causal language model, which the task {task!r} has no use for"
+        weights, dropped = canonical_weights(
+            str(folder),
+            stored,
+            _layout(is_bare=not has_prefix),
+            config,
+            task,
+            dropped={_HEAD: reason} if is_other_head else {},
+        )
+        return Opened(
+            path=folder,
+            config=config,
+            task=task,
+            weights=weights,
+            dropped=dropped,
+            files=companions(folder),
+        )
+
+    def objections(self, config: GemmaConfig, task: str, options: WriteOptions) -> tuple[str, ...]:
+        """What Transformers' Flax classes do not have, or compute in one way only."""
+        is_windowed = any(layer.window is not None for layer in config.layers)
+        is_capped = (config.attn_logit_softcapping or config.final_logit_softcapping) is not None
+        scale = config.query_pre_attn_scalar or config.head_dim
+        reasons = {
+            f"Transformers has no Flax Gemma for {task}; it has base and causal_lm.": (
+                task in CLASSIFICATIONS
+            ),
+            "The mapping table has no place for attention biases.": config.attention_bias,
+            "Its attention has no norm of queries and keys (use_qk_norm).": config.use_qk_norm,
+            "It has no soft caps of logits.": is_capped,
+            "It has no sliding windows.": is_windowed,
+            f"Its norms multiply by 1 + weight, not by {config.rms_norm_offset:g} + weight.": (
+                config.rms_norm_offset != 1.0
+            ),
+            f"Its attention scale is that of head_dim {config.head_dim}, not of "
+            f"query_pre_attn_scalar {scale:g}.": scale != config.head_dim,
+            "It ignores rope_scaling.": config.rope_factor != 1.0,
+            f"It computes with a RoPE base of {_ROPE_THETA:g} whatever config.json says; this "
+            f"model's is {config.rope_theta:g}.": config.rope_theta != _ROPE_THETA,
+            "It has no padded rows of the embedding: leave pad_vocab_to out.": (
+                options.pad_vocab_to is not None
+            ),
+        }
+        return tuple(text for text, applies in reasons.items() if applies)
+
+    def tensors(self, opened: Opened, options: WriteOptions) -> Weights:
+        """The arrays under their keys, joined by "/"."""
+        column = _layout(is_bare=opened.task == "base")
+        return stored_weights(opened.weights, column, opened.config, opened.task)
+
+    def write(
+        self,
+        folder: Path,
+        opened: Opened,
+        options: WriteOptions,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write the folder; see `CheckpointFormat`."""
+        if reasons := self.objections(opened.config, opened.task, options):
+            raise CheckpointError(" ".join(reasons))
+        weights = self.tensors(opened, options)
+        write_companions(folder, opened.config, opened.weights, opened.task, opened.files)
+        size = options.max_shard_bytes
+        _write_weights(folder, weights, _MAX_SHARD_BYTES if size is None else size, progress)
+
+
+def _layout(*, is_bare: bool) -> Layout:
+    """The column of the table; the names in a base model's tree lack the prefix."""
+    column = layout(FlaxMsgpack.name)
+    if not is_bare:
+        return column
+    return {
+        name: tuple(replace(place, name=place.name.removeprefix(_PREFIX)) for place in cell)
+        for name, cell in column.items()
+    }
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class _Stored:
+    """`Weights` over the arrays of all files."""
+
+    def __init__(self, files: Iterable[MsgpackFile]) -> None:
+        self._files = {name: file for file in files for name in file.tensors}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._files)
+
+    def shape(self, name: str) -> Shape:
+        return self._file(name).tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self._file(name).tensors[name].dtype
+
+    def read(self, name: str, index: Index = None) -> np.ndarray:
+        return self._file(name).read(name, index)
+
+    def _file(self, name: str) -> MsgpackFile:
+        if name not in self._files:
+            hint = nearest(name, self._files)
+            raise CheckpointError(f"There is no array {name!r}. {hint}".rstrip())
+        return self._files[name]
+
+
+def _opened_files(folder: Path) -> list[MsgpackFile]:
+    """The weights' files of a folder, all of which fit the index if there is one.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not what the index says.
+    """
+    present = sorted(entry.name for entry in folder.iterdir())
+    weights = [name for name in present if _WEIGHT_FILE.fullmatch(name)]
+    if _INDEX_FILE not in present:
+        if weights == [_SINGLE_FILE]:
+            return [MsgpackFile(folder / _SINGLE_FILE)]
+        raise CheckpointError(
+            f"{folder} holds {first_ten(weights) or 'no Flax weights'}; expected {_SINGLE_FILE} "
+            f"alone, or {_INDEX_FILE} with its shards. Get what is missing, or remove what is "
+            "left over from another save."
+        )
+    index = _read_index(folder / _INDEX_FILE)
+    shards = sorted(set(index.values()))
+    there = {name for name in shards if (folder / name).is_file()}
+    problems = {
+        "Missing": [name for name in shards if name not in there],
+        "There, and not in the index": [name for name in weights if name not in shards],
+    }
+    files = [] if any(problems.values()) else [MsgpackFile(folder / name) for name in shards]
+    places = [(name, file.path.name) for file in files for name in file.tensors]
+    if files:
+        names = {name for name, _ in places}
+        problems |= {
+            "In no file": [name for name in index if name not in names],
+            "Not where the index says": [
+                f"{name} (in {file})" for name, file in places if index.get(name) != file
+            ],
+        }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"{folder / _INDEX_FILE} and the files beside it do not fit.\n"
+            + listing(problems)
+            + "  The index or a file is from another save; get all of them again."
+        )
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json_object(path, CheckpointError).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{path} has no weight_map of array names to files. Get it again.")
+    for name, file in index.items():
+        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path} says that {name} is in {file!r}; expected the plain name of a *.msgpack "
+                "file in the same folder. Nothing outside the folder is opened."
+            )
+    return index
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    folder: Path, weights: Weights, max_shard_bytes: int, progress: Progress | None
+) -> None:
+    """The weights' files, and the index where there are several."""
+    sizes = {
+        name: math.prod(weights.shape(name)) * DTYPES[weights.dtype(name)].itemsize
+        for name in weights.names()
+    }
+    shards = split_into_shards(sizes, max_shard_bytes)
+    count = len(shards)
+    files = [f"flax_model-{i + 1:05}-of-{count:05}.msgpack" for i in range(count)]
+    files = [_SINGLE_FILE] if count == 1 else files
+    total, done = sum(sizes.values()), 0
+    for name, shard in zip(files, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            for written in write_msgpack(file, weights, shard):
+                done += written
+                if progress:
+                    progress(done, total)
+            flush(file)
+    if count > 1:
+        places = {array: f for f, shard in zip(files, shards, strict=True) for array in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / _INDEX_FILE, index)
