@@ -29,13 +29,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TensorDescription:
-    """One tensor: canonical name, shape, type as stored, size in bytes, and the file it is in."""
+    """One tensor: canonical name, shape, type, size in bytes, the file it is in, and its hash.
+
+    The hash is that of `gemma_hub.conversion.tensor_hashes`; None until it is asked for.
+    """
 
     name: str
     shape: Shape
     dtype: str
     nbytes: int
     file: str
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,9 @@ class Description:
         eos_token_ids: ids that end a text.
         tensors: in the order of their names.
         files: in the order of their names.
-        problems: what is wrong, one text each; empty if `open_checkpoint` reads the folder.
+        problems: what is wrong, one text each; empty if the checkpoint can be opened.
+        format: name of its format.
+        notes: what had to be assumed of the model, and which tensors are no part of it.
     """
 
     path: str
@@ -72,6 +78,8 @@ class Description:
     tensors: tuple[TensorDescription, ...]
     files: tuple[FileDescription, ...]
     problems: tuple[str, ...]
+    format: str = "huggingface"
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON knows it."""

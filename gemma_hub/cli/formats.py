@@ -9,5 +9,7 @@ def formats() -> None:
 
     listed = table("format", "from", "what it is", "needs")
     for name, info in plugin_registry().formats().items():
-        listed.add_row(name, f"{info.distribution} {info.version}", info.summary, info.missing)
+        listed.add_row(
+            name, f"{info.distribution} {info.version}", info.summary, info.problem or info.missing
+        )
     out().print(listed)

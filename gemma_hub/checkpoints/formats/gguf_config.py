@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_hub.checkpoints.formats.gguf_file import GgufFile, Value
+from gemma_hub.checkpoints.formats.gguf_file import MAX_TENSORS, GgufFile, Value
 from gemma_hub.checkpoints.formats.interface import WriteOptions
 from gemma_hub.config import GemmaConfig, parse_json_object
 from gemma_hub.errors import CheckpointError, ConfigError, first_ten
@@ -30,6 +30,7 @@ _SCALING, _FACTOR = "rope.scaling.type", "rope.scaling.factor"
 # Keys that say again what the ones above say, or what no computation depends on.
 _REPEATS = {"attention.value_length": "head_dim", "rope.dimension_count": "head_dim"}
 _KNOWN = {*_SIZES.values(), *_REPEATS, _EPSILON, _BASE, _SCALING, _FACTOR, "vocab_size"}
+_MAX_LAYERS = MAX_TENSORS // 10
 _IDS = {"pad_token_id": "padding", "eos_token_id": "eos", "bos_token_id": "bos"}
 _UNSAID = ("initializer_range", "attention_dropout", *_IDS)
 
@@ -61,6 +62,8 @@ def objections(config: GemmaConfig, task: str, options: WriteOptions) -> Iterato
         )
     if options.pad_vocab_to is not None:
         yield "A GGUF has one row of the embedding for each piece of the vocabulary: no padding."
+    if config.num_hidden_layers > _MAX_LAYERS:
+        yield f"It has {config.num_hidden_layers} layers; of a GGUF, {_MAX_LAYERS} can be read."
     numbers = {
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,

@@ -42,7 +42,8 @@ _VERSIONS = (2, 3)
 
 # More would be a damaged file; the limits keep such a file from taking time and memory.
 _MAX_HEADER = 256 << 20  # bytes
-_MAX_KEYS, _MAX_TENSORS, _MAX_TEXTS = 100_000, 10_000, 4_000_000
+_MAX_KEYS, _MAX_TEXTS = 100_000, 4_000_000
+MAX_TENSORS = 2_000
 _MAX_KEY, _MAX_TEXT = 65_535, 16 << 20  # bytes
 _MAX_DIMENSIONS = 4
 
@@ -208,7 +209,7 @@ class _Header:
                 f"{path}: {what}; expected a little-endian GGUF of version 2 or 3. Convert it "
                 "with the tools of a current llama.cpp."
             )
-        if self._n_keys > _MAX_KEYS or self._n_tensors > _MAX_TENSORS:
+        if self._n_keys > _MAX_KEYS or self._n_tensors > MAX_TENSORS:
             raise _damaged(
                 path, f"it announces {self._n_keys:,} key-values and {self._n_tensors:,} tensors"
             )

@@ -50,6 +50,7 @@ def norm_names(weights: Weights, layout: Layout) -> list[str]:
     return [name for name in weights.names() if any(p.plus for p in places(layout, name))]
 
 
+@np.errstate(invalid="ignore")  # a NaN of a damaged file stays one, without a warning
 def with_norms(
     canonical: Weights, file: GgufFile, layout: Layout, config: GemmaConfig, task: str
 ) -> tuple[WithNorms, tuple[str, ...]]:
@@ -104,6 +105,7 @@ def _kept(file: GgufFile, expected: Mapping[str, np.ndarray]) -> dict[str, np.nd
     return kept if kept.keys() == expected.keys() else None
 
 
+@np.errstate(invalid="ignore")
 def norms_to_keep(weights: Weights, stored: StoredWeights, layout: Layout) -> bytes | None:
     """The norms for `NORMS_KEY`; None where the stored sums give them back bit for bit."""
     norms = {name: weights.read(name) for name in norm_names(weights, layout)}
@@ -122,6 +124,7 @@ def norms_to_keep(weights: Weights, stored: StoredWeights, layout: Layout) -> by
     )
 
 
+@np.errstate(invalid="ignore")
 def values_changed(weights: Weights, layout: Layout) -> int:
     """How many values of the norms are others after + 1 and - 1 in float32."""
     count = 0

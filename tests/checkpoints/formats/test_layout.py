@@ -174,3 +174,11 @@ def test_the_markdown_shows_every_place():
             for place in cell if isinstance(cell, tuple) else (cell,):
                 assert isinstance(place, Place)
                 assert f"`{place.name}`" in text
+
+
+def test_the_documentation_has_the_table(request):
+    page = request.config.rootpath / "docs" / "reference" / "checkpoint-formats.md"
+    if not page.is_file():
+        pytest.skip("needs docs/, which this copy of the tests has not")
+    _, _, shown = page.read_text("utf-8").partition("formats.table.markdown -->\n")
+    assert shown == markdown(), "put the output of table.markdown() there"
