@@ -26,6 +26,7 @@ _DAMAGES = (
     AttributeError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError,
     RecursionError, RuntimeError, SystemError, TypeError, ValueError,
 )  # fmt: skip
+_LAYOUTS = {0: "compact", 1: "contiguous", 2: "chunked", 3: "virtual"}  # HDF5's own numbers
 _WRITTEN_AT_ONCE = 16 << 20  # bytes
 
 
@@ -141,15 +142,9 @@ def _datasets(h5py: Any, path: Path, root: Any, most: int) -> Iterator[tuple[str
 
 def _tensor(h5py: Any, path: Path, name: str, dataset: Any, pages: mmap) -> Hdf5Tensor:
     properties = dataset.id.get_create_plist()
-    kinds = {
-        h5py.h5d.COMPACT: "compact",
-        h5py.h5d.CHUNKED: "chunked",
-        h5py.h5d.VIRTUAL_LAYOUT if hasattr(h5py.h5d, "VIRTUAL_LAYOUT") else 3: "virtual",
-    }
-    layout = properties.get_layout()
-    if layout != h5py.h5d.CONTIGUOUS:
-        kind = kinds.get(layout, "unknown")
-        raise _refused(path, f"stores {name!r} in the layout {kind!r}, not 'contiguous'")
+    layout = _LAYOUTS.get(properties.get_layout(), "unknown")
+    if layout != "contiguous":
+        raise _refused(path, f"stores {name!r} in a {layout} layout, not a contiguous one")
     if properties.get_external_count():
         raise _refused(path, f"stores {name!r} in another file")
     shape, dtype = dataset.shape, _dtype(dataset)

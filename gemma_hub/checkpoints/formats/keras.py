@@ -61,7 +61,7 @@ class KerasPreset:
         """Open a preset; a preset says all of itself but positions and ids."""
         folder = _folder(path)
         needed("h5py", "keras")
-        task, notes = "causal_lm", ()
+        task, notes = "causal_lm", tuple[str, ...]()
         if config is None:
             config, task, notes = read_config(folder)
         if (folder / _TASK_WEIGHTS).is_file():

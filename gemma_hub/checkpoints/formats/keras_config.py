@@ -1,4 +1,4 @@
-"""A Keras preset's JSON files and a GemmaConfig: what they say of one another, and what they cannot.
+"""A Keras preset's JSON files and a GemmaConfig: what each says of the other, and what it cannot.
 
 `GemmaBackbone` is Gemma 1 and, with other arguments, Gemma 2. Its RoPE base is 10,000 and its norms
 before attention and feed-forward have epsilon 1e-6 whatever its arguments say; token ids are the

@@ -91,11 +91,15 @@ def valid_file(path: Path, kept_norms: bool) -> bytes:
 
 
 def mutated(content: bytes, header: int, chance: random.Random) -> bytes:
-    """The content with one to four damages in its first `header` bytes, or cut short."""
+    """The content with one to four damages in its first `header` bytes, or cut short.
+
+    Half of the files keep their length, so that the damage is seen late, by what uses a value.
+    """
     data = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
+    kinds = (0, 1, 2, 5) if chance.random() < 0.5 else range(7)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
         at = chance.randrange(min(header, len(data)) or 1)
-        kind = chance.randrange(6)
+        kind = chance.choice(kinds)
         if kind == 0:
             data[at : at + 1] = bytes([chance.randrange(256)])
         elif kind == 1:
@@ -106,7 +110,7 @@ def mutated(content: bytes, header: int, chance: random.Random) -> bytes:
             del data[at : at + chance.randint(1, 16)]
         elif kind == 4:
             data[at:at] = chance.randbytes(chance.randint(1, 16))
-        elif chance.random() < 0.3:
+        elif kind == 6:
             del data[chance.randrange(len(data) + 1) :]
         else:
             data[at] ^= 1 << chance.randrange(8)
