@@ -3,7 +3,8 @@
 GemmaHubError
 ├── ConfigError (ValueError)                a config.json value or key is wrong
 ├── CheckpointError (ValueError)            a checkpoint's files or tensors are wrong
-│   └── CheckpointNotFoundError (+ FileNotFoundError)
+│   ├── CheckpointNotFoundError (+ FileNotFoundError)
+│   └── VerificationError                   a model does not compute what its probe says
 ├── TokenizerError (ValueError)             a vocabulary is unusable, or cannot encode a text
 ├── InputError (ValueError)                 an argument of a call is wrong: shape, id, setting
 │   └── CapacityError                       past the cache's capacity or the model's position limit
@@ -34,6 +35,10 @@ class CheckpointError(GemmaHubError, ValueError):
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint where one was asked for."""
+
+
+class VerificationError(CheckpointError):
+    """A model does not compute what the probe beside its weights says."""
 
 
 class TokenizerError(GemmaHubError, ValueError):

@@ -14,10 +14,12 @@ from gemma_hub.errors import (
     InputError,
     PluginError,
     UnsupportedFeature,
+    VerificationError,
     nearest,
 )
 from gemma_hub.parameters import DTYPES
 from gemma_hub.plugins.registry import LoadedBackend, plugin_registry
+from gemma_hub.probe import PROBE_FILE, needed_probe
 from gemma_hub.source import resolved
 from gemma_hub.tasks.causal_lm import CausalLM
 from gemma_hub.tasks.embedding import BaseModel
@@ -53,6 +55,8 @@ class Gemma:
         dtype: str = "auto",
         device: str = "auto",
         allow_unknown: Sequence[str] = (),
+        *,
+        verify: bool = False,
     ) -> CausalLM: ...
     @overload
     @staticmethod
@@ -64,6 +68,7 @@ class Gemma:
         dtype: str = "auto",
         device: str = "auto",
         allow_unknown: Sequence[str] = (),
+        verify: bool = False,
     ) -> BaseModel: ...
     @overload
     @staticmethod
@@ -78,6 +83,7 @@ class Gemma:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
+        verify: bool = False,
     ) -> SequenceClassifier: ...
     @overload
     @staticmethod
@@ -92,6 +98,7 @@ class Gemma:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
+        verify: bool = False,
     ) -> TokenClassifier: ...
     @overload
     @staticmethod
@@ -105,6 +112,8 @@ class Gemma:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
+        *,
+        verify: bool = False,
     ) -> LoadedModel: ...
 
     @staticmethod
@@ -118,6 +127,8 @@ class Gemma:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
+        *,
+        verify: bool = False,
     ) -> LoadedModel:
         """A checkpoint, built on a backend.
 
@@ -136,12 +147,15 @@ class Gemma:
             id2label: {id: name} of every label, instead of the checkpoint's names; num_labels
                 follows from it.
             seed: of a new head, which is the same for every backend.
+            verify: compute the probe beside the weights again, and refuse a model that differs
+                from it by more than rounding. `verification` of what is returned has the figures.
 
         Returns:
             A CausalLM, BaseModel, SequenceClassifier or TokenClassifier.
 
         Raises:
             CheckpointNotFoundError: there is no such checkpoint.
+            VerificationError: it does not compute what its probe says.
             CheckpointError, ConfigError, TokenizerError: the checkpoint is damaged or unknown, or
                 has no head for the task and num_labels was not given.
             BackendNotFoundError, PluginError: there is no such backend, or it does not load.
@@ -166,7 +180,7 @@ class Gemma:
         )
         _check_contract(loaded, model)
         ends = {"eos_token_ids": checkpoint.eos_token_ids} if task == "causal_lm" else {}
-        return TASKS[task](
+        lm = TASKS[task](
             model,
             config,
             backend=loaded,
@@ -175,6 +189,27 @@ class Gemma:
             files=files,
             **ends,
         )
+        if verify:
+            _verify(lm, checkpoint.path)
+        return lm
+
+
+def _verify(lm: LoadedModel, path: Path) -> None:
+    """Check a model against the probe in its folder.
+
+    Raises:
+        CheckpointError: there is none; it is damaged; or, a VerificationError, the model differs.
+        InputError: the model was loaded for another task than the probe is of.
+    """
+    verification = lm.verify(needed_probe(path, lm.config))
+    if not verification.passed:
+        raise VerificationError(
+            f"{path} does not compute what its {PROBE_FILE} says: {verification.reason}. The "
+            "weights were damaged or changed after it was written, or the backend "
+            f"{lm.backend.name!r} is wrong ('gemma-hub verify' tries others). If they were changed "
+            "on purpose, delete that file, or save the model again."
+        )
+    lm.verification = verification
 
 
 def _tokenizer(files: Mapping[str, Path]) -> TokenizerInterface | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_hub.errors import InputError
-from gemma_hub.parity.error_model import (
+from gemma_hub.error_model import (
     OUTPUT_ROUNDING,
     RATIO_LIMIT,
     WORST_RATIO_LIMIT,

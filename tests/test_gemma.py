@@ -409,7 +409,7 @@ def test_public_names():
 
 def test_parity_can_be_called_however_it_was_imported():
     code = "import gemma_hub{0}; from gemma_hub import parity; assert callable(gemma_hub.parity)"
-    for submodule in ("", ".parity", ".parity.error_model"):
+    for submodule in ("", ".parity", ".parity.compare"):
         subprocess.run([sys.executable, "-c", code.format(submodule)], check=True)
 
 

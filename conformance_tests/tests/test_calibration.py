@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_hub.parity.error_model import RATIO_LIMIT, WORST_RATIO_LIMIT
+from gemma_hub.error_model import RATIO_LIMIT, WORST_RATIO_LIMIT
 from gemma_hub_conformance.calibrate import PATH, Limit, Observation, witness
 from gemma_hub_conformance.engine import run_conformance
 from gemma_hub_conformance.mutants import all_mutants

@@ -2,7 +2,7 @@
 
 How far that is, is measured and not chosen: exchanging the order of hidden features changes
 nothing but the order in which sums are taken. The spread of such runs is the noise, and the one
-error model (`gemma_hub.parity.error_model`) says how far from it a correct run may be. A row of a
+error model (`gemma_hub.error_model`) says how far from it a correct run may be. A row of a
 parameter is to it what a token is in a forward pass.
 """
 
@@ -24,7 +24,7 @@ from gemma_hub.backend import BuildOptions, TaskSpec
 from gemma_hub.config import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.parameters import ArrayWeights
-from gemma_hub.parity.error_model import (
+from gemma_hub.error_model import (
     WORST_RATIO_LIMIT,
     NoiseBand,
     expected_maximum,

@@ -44,6 +44,7 @@ def save_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    records: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint that `open_checkpoint` and Transformers read.
 
@@ -63,6 +64,7 @@ def save_checkpoint(
         overwrite: replace an existing checkpoint folder, as a whole. A folder that holds anything
             else than a checkpoint's files is never replaced.
         progress: told how far the writing is.
+        records: {name: JSON object} of further files to write, such as a probe.
 
     Raises:
         CheckpointError: the weights do not fit `config`, `path` exists, or it cannot be written.
@@ -76,6 +78,8 @@ def save_checkpoint(
     try:
         with whole_folder(target) as hidden:
             write_folder(hidden, config, weights, task, copies, max_shard_bytes, progress)
+            for name, record in (records or {}).items():
+                write_json(hidden / name, record)
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. The weights need "

@@ -23,6 +23,7 @@ from gemma_hub.cli.parity import parity
 from gemma_hub.cli.score import score
 from gemma_hub.cli.tag import tag
 from gemma_hub.cli.tokenize import tokenize
+from gemma_hub.cli.verify import verify
 from gemma_hub.errors import GemmaHubError
 
 INTERRUPTED = 130
@@ -53,7 +54,8 @@ app = typer.Typer(
 _Group.core = app
 
 _COMMANDS = (
-    generate, score, classify, tag, tokenize, parity, convert, inspect, formats, backends, doctor,
+    generate, score, classify, tag, tokenize, parity, verify, convert, inspect, formats, backends,
+    doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

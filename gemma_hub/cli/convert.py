@@ -46,6 +46,9 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option(help="Write the probe that 'gemma-hub verify' checks.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
     """Write a checkpoint in another format; exit code 1 if the format cannot hold the model."""
@@ -74,7 +77,9 @@ def convert(
                 config=given,
                 options=options,
                 overwrite=overwrite,
+                probe=probe,
                 progress=bar and (lambda done, total: bar(_done(done, total), done, total)),
+                probe_progress=bar and (lambda done, total: bar("making the probe", done, total)),
             )
     if as_json:
         write(json.dumps(record.to_dict(), ensure_ascii=False, indent=2) + "\n")
@@ -100,6 +105,8 @@ def _done(done: int, total: int) -> str:
 
 
 def _print(record: "Conversion", target: str | None, tensors: bool) -> None:
+    from gemma_hub.probe import PROBE_FILE
+
     console = out()
     if tensors and record.tensors:
         listed = table("tensor", "shape", "type")
@@ -112,6 +119,9 @@ def _print(record: "Conversion", target: str | None, tensors: bool) -> None:
     facts.add_row("task", record.task)
     facts.add_row("tensors", f"{len(record.tensors)}, {size(record.nbytes)}")
     facts.add_row("files beside them", ", ".join(record.files) or "none")
+    if target is not None and not tensors:
+        written = (Path(target).expanduser() / PROBE_FILE).is_file()
+        facts.add_row("probe", PROBE_FILE if written else "none")
     show_table(console, "plan" if tensors else "converted", facts)
     for name, reason in record.dropped.items():
         console.print(f"dropped: {name} ({reason})", soft_wrap=True)

@@ -15,13 +15,15 @@ from gemma_hub.checkpoints.formats.interface import (
     Progress,
     WriteOptions,
 )
-from gemma_hub.checkpoints.output import check_target, whole_file, whole_folder
+from gemma_hub.checkpoints.output import check_target, whole_file, whole_folder, write_json
+from gemma_hub.checkpoints.reader import EMBEDDING
 from gemma_hub.config import GemmaConfig
 from gemma_hub.conversion.casting import CastWeights
 from gemma_hub.conversion.opening import detect_format, open_source
 from gemma_hub.errors import CheckpointError, InputError, nearest
 from gemma_hub.parameters import DTYPES, Shape
 from gemma_hub.plugins.registry import plugin_registry
+from gemma_hub.probe import PROBE_FILE, Probe, read_probe, reference_probe
 
 _SPARE = 64 << 20  # bytes of disk beside the tensors: headers, the tokenizer
 
@@ -103,7 +105,9 @@ def convert(
     config: GemmaConfig | None = None,
     options: WriteOptions | None = None,
     overwrite: bool = False,
+    probe: bool = True,
     progress: Progress | None = None,
+    probe_progress: Progress | None = None,
 ) -> Conversion:
     """Write a checkpoint in another format, bit for bit the same unless `dtype` says otherwise.
 
@@ -121,7 +125,11 @@ def convert(
         config: the model's, instead of what the source says of itself.
         options: how to write it.
         overwrite: replace what a former conversion left at `path`.
+        probe: write gemma_hub_probe.json into the folder, by which the checkpoint can be verified
+            wherever it is loaded: the source's own where the weights stay as they are, else one
+            that the float64 reference makes, if it is installed and the results are finite.
         progress: told how many bytes of how many are written.
+        probe_progress: told how many parameters of how many were read for the probe.
 
     Returns:
         What was done, with the number of values that `dtype` changed.
@@ -147,6 +155,7 @@ def convert(
     else:
         check_target(target, overwrite, _is_checkpoint)
     _check_space(target, record.nbytes + _SPARE)
+    kept = job.kept_probe() if probe and not is_file else None
     try:
         if is_file:
             assert job.target.file_name is not None
@@ -155,6 +164,8 @@ def convert(
         else:
             with whole_folder(target) as folder:
                 job.target.write(folder, job.opened, job.options, progress)
+                if probe and (made := kept or job.new_probe(probe_progress)):
+                    write_json(folder / PROBE_FILE, made.to_dict())
     except OSError as error:
         raise CheckpointError(
             f"{target} cannot be written: {error.strerror or error}. The weights need "
@@ -196,6 +207,19 @@ class _Job:
     @property
     def changed(self) -> Mapping[str, int]:
         return self.cast.changed if self.cast else {}
+
+    def kept_probe(self) -> Probe | None:
+        """The source's probe, if it has one that holds for what is written."""
+        if self.cast or not self.opened.path.is_dir():
+            return None
+        probe = read_probe(self.opened.path, self.opened.config)
+        return probe if probe and probe.task == self.opened.task else None
+
+    def new_probe(self, progress: Progress | None) -> Probe | None:
+        """What the reference computes from the weights that are written."""
+        opened = self.opened
+        dtype = opened.weights.dtype(EMBEDDING)
+        return reference_probe(opened.config, opened.task, opened.weights, dtype, progress)
 
     def record(self) -> Conversion:
         opened = self.opened

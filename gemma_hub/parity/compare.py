@@ -9,11 +9,11 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from gemma_hub.backend import BuildOptions
 from gemma_hub.config import GemmaConfig
+from gemma_hub.error_model import RATIO_LIMIT, WORST_RATIO_LIMIT
 from gemma_hub.errors import InputError, PluginError
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.parameters import Weights
 from gemma_hub.parity.candidates import Candidate, Registry, run_backend
-from gemma_hub.parity.error_model import RATIO_LIMIT, WORST_RATIO_LIMIT
 from gemma_hub.parity.judging import Judging
 from gemma_hub.parity.reference import Oracle, Trajectory, load_reference
 from gemma_hub.parity.report import ParityReport, Text

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gemma_hub.config import GemmaConfig
+from gemma_hub.error_model import Judgement, judge
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.parity.candidates import Candidate, place_names
-from gemma_hub.parity.error_model import Judgement, judge
 from gemma_hub.parity.reference import Trajectory, Truth
 from gemma_hub.parity.report import Cell, Row, TokenCheck, TokenVerdict
 from gemma_hub.parity.tokens import Step, compare_at, first_difference

@@ -8,12 +8,12 @@ import numpy as np
 
 from gemma_hub.backend import Backend, BuildOptions, Model, TaskSpec
 from gemma_hub.config import GemmaConfig
+from gemma_hub.error_model import NoiseBand, noise_band
 from gemma_hub.errors import BackendNotFoundError, PluginError
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.parameters import Weights
 from gemma_hub.parity.candidates import Registry, TokenIds, continuations, places
-from gemma_hub.parity.error_model import NoiseBand, noise_band
 
 REFERENCE = "numpy"
 Kind = Literal["greedy", "sampled"]

@@ -12,10 +12,19 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError, TokenizerError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import number_of_parameters
+from gemma_hub.parameters import Weights, number_of_parameters
 from gemma_hub.plugins.registry import LoadedBackend
+from gemma_hub.probe import (
+    PROBE_FILE,
+    Probe,
+    Verification,
+    probe_of_model,
+    reference_probe,
+    verify,
+)
 from gemma_hub.tokenizers import Tokenizer
 
+_SMALL = 50_000_000  # parameters: the reference makes a probe of so many in a few seconds
 BATCH_SIZE = 8
 """Texts that run at once unless the call says otherwise."""
 
@@ -31,6 +40,7 @@ class LoadedModel:
         tokenizer: None where the checkpoint has none; then it reads no texts.
         backend: name, distribution and version of what runs it.
         dtype: compute and storage type, a key of `gemma_hub.parameters.DTYPES`.
+        verification: what came of `Gemma.load(..., verify=True)`; None without that.
     """
 
     task: ClassVar[str]
@@ -61,6 +71,7 @@ class LoadedModel:
         self.backend = backend
         self.dtype = dtype
         self.tokenizer = tokenizer
+        self.verification: Verification | None = None
         self._files = dict(files or {})
 
     @property
@@ -161,12 +172,15 @@ class LoadedModel:
         )
         return self.contract.loss_and_gradients(inputs)
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False, probe: bool = True) -> None:
         """Write a checkpoint folder in the Hugging Face layout, tokenizer files included.
 
         Args:
             path: the folder to make.
             overwrite: replace a checkpoint that is there already.
+            probe: write gemma_hub_probe.json, by which the checkpoint can be verified wherever it
+                is loaded. The float64 reference makes it for a small model where it is installed,
+                this model itself otherwise. A model whose results are not finite gets none.
 
         Raises:
             UnsupportedFeature: the backend cannot give its parameters back.
@@ -176,14 +190,33 @@ class LoadedModel:
             raise UnsupportedFeature(
                 "export", self.backend.name, "Load the checkpoint with another backend to save it."
             )
+        weights = self.contract.export()
+        made = self._probe(weights) if probe else None
         save_checkpoint(
             path,
             self.config,
-            self.contract.export(),
+            weights,
             task=self.task,
             files=self._files,
             overwrite=overwrite,
+            records={PROBE_FILE: made.to_dict()} if made else None,
         )
+
+    def _probe(self, weights: Weights) -> Probe | None:
+        made = None
+        if number_of_parameters(self.config, self.task) <= _SMALL:
+            made = reference_probe(self.config, self.task, weights, self.dtype)
+        return made or probe_of_model(
+            self.contract, self.config, self.task, self.backend, self.dtype
+        )
+
+    def verify(self, probe: Probe) -> Verification:
+        """Whether this model computes what `probe` says, in units of rounding noise.
+
+        Raises:
+            InputError: the probe is of another task.
+        """
+        return verify(self.contract, self.config, self.task, self.dtype, probe)
 
     # -- texts ---------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import dataclasses
 from functools import partial
 
-from gemma_hub.parity.error_model import noise_band, token_errors
+from gemma_hub.error_model import noise_band, token_errors
 from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
 from gemma_hub_conformance.checkpoints import GQA, DesignedCheckpoint
 from gemma_hub_conformance.rows import Batch

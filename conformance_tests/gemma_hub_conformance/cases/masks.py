@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from gemma_hub.parity.error_model import noise_band, token_errors
+from gemma_hub.error_model import noise_band, token_errors
 from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
 from gemma_hub_conformance.checkpoints import GQA, PAD_ID
 from gemma_hub_conformance.rows import Batch, Row, row, tokens

@@ -56,10 +56,14 @@ class Arithmetic:
         return value
 
     def rows(self, name: str, index: Array | slice) -> Array:
-        """Rows of one parameter; of a large model without converting the other rows."""
+        """Rows of one parameter; of a large model without reading or converting the others."""
         if self._small:
             return self.parameter(name)[index]
-        return self.to_compute(self.weights.read(name)[index])
+        if isinstance(index, slice):
+            return self.to_compute(self.weights.read(name, index))
+        distinct, places = np.unique(index, return_inverse=True)
+        found = np.stack([self.weights.read(name, int(row)) for row in distinct])
+        return self.to_compute(found)[places.reshape(index.shape)]
 
     def contract(self, subscripts: str, a: Array, b: Array) -> Array:
         """`numpy.einsum(subscripts, a, b)`: the only way in which anything is summed."""

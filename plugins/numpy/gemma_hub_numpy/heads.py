@@ -9,7 +9,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub_numpy.arithmetic import Array
 from gemma_hub_numpy.layers import Layers
 
-_VOCABULARY_BLOCK = 32_768  # rows of the head at a time: a large vocabulary in float64 is gigabytes
+_VOCABULARY_BLOCK = 8_192  # rows of the head at a time: a large vocabulary in float64 is gigabytes
 
 
 class Heads(Layers):
