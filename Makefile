@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c c
 PLUGINS = -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e plugins/transformers -e conformance_tests
 STORY = tiny "Once upon a time" --dtype float32 --temperature 0.6 --top-p 0.9 --seed 7 --max-new-tokens 80
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint full-size clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,6 +28,10 @@ lint: $(VENV)/.installed-tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# A model of the size of gemma-2b converted there and back: 16 GB of disk, some minutes.
+full-size: $(VENV)/.installed-tests
+	$(VENV)/bin/python bench/convert_full_size.py $(REPORT)/full-size
 
 clean:
 	rm -rf $(VENV) $(REPORT)
