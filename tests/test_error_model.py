@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from gemma_hub.errors import InputError
 from gemma_hub.error_model import (
     OUTPUT_ROUNDING,
     RATIO_LIMIT,
@@ -15,6 +14,7 @@ from gemma_hub.error_model import (
     noise_band,
     token_errors,
 )
+from gemma_hub.errors import InputError
 
 B, T, V = 3, 7, 31
 NOISE = 1e-6

@@ -7,9 +7,9 @@ from typing import Any, Never
 import numpy as np
 
 from gemma_hub.backend import Backend, BuildOptions, Cache, Model, SupportsCache, TaskSpec
+from gemma_hub.error_model import Judgement, judge, noise_band
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.error_model import Judgement, judge, noise_band
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.rows import Batch, Row

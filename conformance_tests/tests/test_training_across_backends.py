@@ -22,8 +22,6 @@ from flax import nnx
 
 from gemma_hub.backend import BuildOptions, TaskSpec
 from gemma_hub.config import GemmaConfig
-from gemma_hub.inputs import ModelInputs
-from gemma_hub.parameters import ArrayWeights
 from gemma_hub.error_model import (
     WORST_RATIO_LIMIT,
     NoiseBand,
@@ -31,6 +29,8 @@ from gemma_hub.error_model import (
     judge,
     noise_band,
 )
+from gemma_hub.inputs import ModelInputs
+from gemma_hub.parameters import ArrayWeights
 from gemma_hub_conformance.checkpoints import CHECKPOINTS
 from gemma_hub_flax.backend import FlaxBackend
 from gemma_hub_flax.weights import named_leaves

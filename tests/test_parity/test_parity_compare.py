@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import gemma_hub
+from gemma_hub.error_model import RATIO_LIMIT
 from gemma_hub.errors import BackendNotFoundError, InputError, PluginError
 from gemma_hub.parity import ParityReport
-from gemma_hub.error_model import RATIO_LIMIT
 
 PLACES = ["embedding", "layer 0", "layer 1", "layer 2", "final norm", "logits"]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from gemma_hub.error_model import noise_band
 from gemma_hub.generation.loop import GeneratedIds, generate_ids
 from gemma_hub.generation.settings import GenerationSettings
-from gemma_hub.error_model import noise_band
 from gemma_hub_conformance.checkpoints import CHECKPOINTS
 from gemma_hub_conformance.rows import row, tokens
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
