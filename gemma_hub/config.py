@@ -34,6 +34,7 @@ from gemma_hub.errors import (
     first_ten,
     nearest,
 )
+from gemma_hub.hub import fetched, repository
 
 ARCHITECTURES = {
     "base": "GemmaModel",
@@ -251,13 +252,20 @@ class GemmaConfig:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, allow_unknown: Sequence[str] = ()) -> Self:
-        """The config of a checkpoint folder, or of a `config.json` file.
+        """The config of a checkpoint folder, of a `config.json` file, or of a repository.
+
+        Args:
+            source: the path; or a repository of the Hugging Face hub, `owner/name` or
+                `owner/name@revision`, of which this one file is fetched.
+            allow_unknown: keys to ignore although nothing here knows them.
 
         Raises:
             CheckpointNotFoundError: there is no such file.
             ConfigError: the file is not a JSON object, or holds a wrong value.
         """
         path = Path(source).expanduser()
+        if isinstance(source, str) and not path.exists() and (wanted := repository(source)):
+            path = fetched(wanted, "config")
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise CheckpointNotFoundError(

@@ -3,18 +3,15 @@
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from gemma_hub.checkpoints.safetensors_file import SafetensorsFile
 from gemma_hub.config import read_json_object
 from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_PLAIN_NAME = re.compile(r"[^/\\:\0]+\.safetensors")
 _OTHER_FORMATS = {
     ".bin": "PyTorch (pickle)",
     ".ckpt": "PyTorch (pickle)",
@@ -23,8 +20,56 @@ _OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".msgpack": "Flax (msgpack)",
     ".h5": "Keras (HDF5)",
-    ".npz": "NumPy",
+    ".ocdbt": "Orbax",
 }
+_WHOLE_FILES = (".gguf", ".ckpt")  # of which each alone is a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class FileNames:
+    """What the files of weights are called: one file, or an index and shards.
+
+    Attributes:
+        stem: of the single file, such as "model".
+        suffix: of it and of every shard, such as ".safetensors".
+    """
+
+    stem: str
+    suffix: str
+
+    @property
+    def single(self) -> str:
+        return f"{self.stem}{self.suffix}"
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+    def shards(self, count: int) -> list[str]:
+        """The names of so many shards."""
+        return [f"{self.stem}-{i + 1:05}-of-{count:05}{self.suffix}" for i in range(count)]
+
+    def holds_weights(self, name: str) -> bool:
+        """Whether this is the name of the single file, or of a shard."""
+        stem, suffix = map(re.escape, (self.stem, self.suffix))
+        return re.fullmatch(rf"{stem}(-\d+-of-\d+)?{suffix}", name) is not None
+
+    def is_plain(self, name: str) -> bool:
+        """Whether an index may name this file: one in its own folder, with the suffix."""
+        return re.fullmatch(rf"[^/\\:\0]+{re.escape(self.suffix)}", name) is not None
+
+
+SAFETENSORS = FileNames("model", ".safetensors")
+SINGLE_FILE, INDEX_FILE = SAFETENSORS.single, SAFETENSORS.index
+
+
+class TensorFile(Protocol):
+    """A file that was opened: where it is, and {name: tensor} of what it holds."""
+
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +99,11 @@ def checkpoint_folder(path: str | Path) -> Path:
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from error
         return folder
+    if folder.suffix in _WHOLE_FILES and folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint in another format: {_OTHER_FORMATS[folder.suffix]}; "
+            f"expected a folder with config.json and *.safetensors. {_convert(folder)}"
+        )
     if folder.exists():
         raise CheckpointError(
             f"{folder} is a file; a checkpoint is a folder with config.json and *.safetensors. "
@@ -71,7 +121,7 @@ def _nearest_sibling(path: Path) -> str:
     return f"Did you mean {str(path.parent / match[0])!r}?" if match else ""
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def weight_files(folder: Path, names: FileNames = SAFETENSORS) -> WeightFiles:
     """The weight files of a checkpoint folder.
 
     Raises:
@@ -79,79 +129,98 @@ def weight_files(folder: Path) -> WeightFiles:
         CheckpointError: another format, a malformed index, or a file that the index does not name.
     """
     present = sorted(entry.name for entry in folder.iterdir())
-    weights = [name for name in present if _WEIGHT_FILE.fullmatch(name)]
-    if INDEX_FILE in present:
-        index = _read_index(folder / INDEX_FILE)
-        _check_index(folder, index, weights)
+    weights = [name for name in present if names.holds_weights(name)]
+    if names.index in present:
+        index = _read_index(folder / names.index, names)
+        _check_index(folder / names.index, index, weights)
         shards = sorted(set(index.values()))
         return WeightFiles(tuple(folder / name for name in shards), index)
-    if weights == [SINGLE_FILE]:
-        return WeightFiles((folder / SINGLE_FILE,), None)
-    if SINGLE_FILE in weights:
+    if weights == [names.single]:
+        return WeightFiles((folder / names.single,), None)
+    if names.single in weights:
+        shards = [name for name in weights if name != names.single]
         raise CheckpointError(
-            f"{folder} holds {SINGLE_FILE} and shards ({first_ten(weights[:-1])}), and no "
+            f"{folder} holds {names.single} and shards ({first_ten(shards)}), and no "
             "index. Remove the ones that are left over from another save."
         )
     if weights:
         raise CheckpointError(
-            f"{folder} holds shards ({first_ten(weights)}) and no {INDEX_FILE}. Get that file too."
+            f"{folder} holds shards ({first_ten(weights)}) and no {names.index}. Get that file too."
         )
-    raise _no_weights(folder, present)
+    raise _no_weights(folder, present, names)
 
 
 def is_weight_file(name: str) -> bool:
     """Whether a file of this name belongs to the weights: the single file, a shard, the index."""
-    return name == INDEX_FILE or _WEIGHT_FILE.fullmatch(name) is not None
+    return name == INDEX_FILE or SAFETENSORS.holds_weights(name)
 
 
-def _no_weights(folder: Path, present: list[str]) -> CheckpointError:
-    needed = f"expected {SINGLE_FILE}, or {INDEX_FILE} with its shards"
+def _no_weights(folder: Path, present: list[str], names: FileNames) -> CheckpointError:
+    needed = f"expected {names.single}, or {names.index} with its shards"
     if not present:
         return CheckpointNotFoundError(f"{folder} is an empty folder; {needed}.")
-    others = [name for name in present if name.endswith(".safetensors")]
+    others = [name for name in present if name.endswith(names.suffix)]
     if others:
         return CheckpointError(
             f"{folder} holds {first_ten(others)}; {needed}. Rename the file if it is the model."
         )
-    for name in present:
+    for name in present if names == SAFETENSORS else ():
         other = _OTHER_FORMATS.get(Path(name).suffix)
         if other:
+            source = folder / name if name.endswith(_WHOLE_FILES) else folder
             return CheckpointError(
-                f"{folder} holds {name}, a checkpoint in another format: {other}. This version "
-                "reads safetensors only. Get the model in that format, or convert it."
+                f"{folder} holds {name}, a checkpoint in another format: {other}; {needed}. "
+                f"{_convert(source)}"
             )
     return CheckpointNotFoundError(f"{folder} holds no weights; {needed}.")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _convert(source: Path) -> str:
+    return (
+        f"Make a folder of safetensors with 'gemma-hub convert {source} OUT', or open this one "
+        "with Gemma.load, which reads every format."
+    )
+
+
+def _read_index(path: Path, names: FileNames) -> dict[str, str]:
     index = read_json_object(path, CheckpointError).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files. Get it again.")
     for name, file in index.items():
-        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
+        if not isinstance(file, str) or not names.is_plain(file):
             raise CheckpointError(
-                f"{path} says that {name} is in {file!r}; expected the plain name of a "
-                "*.safetensors file in the same folder. Nothing outside the folder is opened."
+                f"{path} says that {name} is in {reprlib.repr(file)}; expected the plain name of a "
+                f"*{names.suffix} file in the same folder. Nothing outside the folder is opened."
             )
     return index
 
 
-def _check_index(folder: Path, index: Mapping[str, str], weights: Iterable[str]) -> None:
+def _check_index(path: Path, index: Mapping[str, str], weights: Iterable[str]) -> None:
     shards = set(index.values())
     problems = {
-        "Missing": [name for name in shards if not (folder / name).is_file()],
+        "Missing": [name for name in shards if not _is_file(path.parent / name)],
         "There, and not in the index": [name for name in weights if name not in shards],
     }
     if any(problems.values()):
         raise CheckpointError(
-            f"{folder / INDEX_FILE} and the files beside it do not fit.\n"
+            f"{path} and the files beside it do not fit.\n"
             + listing(problems)
             + "  Get the missing files, or remove those that are left over from another save."
         )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than a file can have
+        return False
+
+
 def check_index_against_files(
-    folder: Path, index: Mapping[str, str] | None, files: Iterable[SafetensorsFile]
+    folder: Path,
+    index: Mapping[str, str] | None,
+    files: Iterable[TensorFile],
+    names: FileNames = SAFETENSORS,
 ) -> None:
     """Check that every tensor is where the index says, once, and that the index knows it.
 
@@ -178,7 +247,7 @@ def check_index_against_files(
     }
     if any(problems.values()):
         raise CheckpointError(
-            f"{folder / INDEX_FILE} does not fit the tensors in the files it names.\n"
+            f"{folder / names.index} does not fit the tensors in the files it names.\n"
             + listing(problems)
             + "  The index or a file is from another save; get all of them again."
         )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemma_hub.cli.console import err, out, progress_bar, show_table, size, table, write
+from gemma_hub.cli.sources import local_source
+from gemma_hub.hub import repository
 
 if TYPE_CHECKING:
     from gemma_hub.config import GemmaConfig
@@ -62,6 +64,7 @@ def convert(
         max_shard_bytes=max_shard_bytes, pad_vocab_to=pad_vocab_to, layout=layout
     )
     given = _config(config)
+    source = local_source(source)
     if plan or target is None:
         record = plan_conversion(
             source, to, dtype=dtype, source_format=source_format, config=given, options=options
@@ -90,12 +93,12 @@ def convert(
 
 
 def _config(given: str | None) -> "GemmaConfig | None":
-    """The config in a file or a folder, or of a preset."""
+    """The config in a file, a folder or a repository, or of a preset."""
     from gemma_hub.config import GemmaConfig
 
     if given is None:
         return None
-    if Path(given).expanduser().exists():
+    if Path(given).expanduser().exists() or repository(given):
         return GemmaConfig.from_pretrained(given)
     return GemmaConfig.preset(given)
 

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from gemma_hub.cli.console import err, out, waiting, write
+from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.generation.settings import GenerationSettings
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    source: Annotated[str, typer.Argument(help="A checkpoint folder, or an installed name: tiny.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, an installed name: tiny, or a repository id.")
+    ],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads standard input.")],
     backend: Annotated[
         str | None, typer.Option(help="Backend; see gemma-hub backends.", show_default="torch")
@@ -66,10 +69,11 @@ def generate(
     )
     if prompt == "-":
         prompt = sys.stdin.read()
+    path = local_source(source)
     with waiting(f"Loading {source}"):
         from gemma_hub.gemma import Gemma
 
-        lm = Gemma.load(source, backend=backend, dtype=dtype, device=device)
+        lm = Gemma.load(path, backend=backend, dtype=dtype, device=device)
     if as_json:
         _write_json(lm, source, prompt, settings)
         return

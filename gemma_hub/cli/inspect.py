@@ -7,13 +7,16 @@ import typer
 from rich.text import Text
 
 from gemma_hub.cli.console import out, progress_bar, show_table, size, table, write
+from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.checkpoints import Description
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A checkpoint: file, folder, or installed name.")],
+    path: Annotated[
+        str, typer.Argument(help="A checkpoint: file, folder, installed name, or repository id.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     hashes: Annotated[
@@ -23,6 +26,7 @@ def inspect(
     """Describe a checkpoint without loading it; exit code 1 if something is wrong with it."""
     from gemma_hub.conversion.describe import describe, tensor_hashes, with_hashes
 
+    path = local_source(path)
     description = describe(path)
     if hashes and not description.problems:
         with progress_bar() as bar:

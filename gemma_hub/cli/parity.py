@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_hub.cli.console import out, progress_bar, show_table, table
+from gemma_hub.cli.sources import local_source
 from gemma_hub.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def _checked_file(path: Path | None) -> Path | None:
 
 
 def parity(
-    source: Annotated[str, typer.Argument(help="A checkpoint folder, or an installed name: tiny.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint, an installed name: tiny, or a repository id.")
+    ],
     backends: Annotated[
         str, typer.Option(help="Backends to compare, with commas between them.")
     ] = "torch,flax",
@@ -57,6 +60,7 @@ def parity(
 ) -> None:
     """Compare backends with the float64 reference; exit code 1 if one differs."""
     names = [name.strip() for name in backends.split(",") if name.strip()]
+    local_source(source)
     with progress_bar() as progress:
         from gemma_hub.parity import parity as compare
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_hub.cli.console import waiting, write
+from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.tasks.loaded_model import LoadedModel
 
-Source = Annotated[str, typer.Argument(help="A checkpoint folder, or an installed name.")]
+Source = Annotated[str, typer.Argument(help="A checkpoint, an installed name, or a repository id.")]
 Texts = Annotated[
     list[str], typer.Argument(help="Texts; - reads standard input, a text on each line.")
 ]
@@ -34,10 +35,11 @@ def read_texts(texts: Iterable[str]) -> list[str]:
 
 def loaded(source: str, task: str, backend: str | None, dtype: str, device: str) -> "LoadedModel":
     """The model of `source` for a task, behind a spinner."""
+    path = local_source(source)
     with waiting(f"Loading {source}"):
         from gemma_hub.gemma import Gemma
 
-        return Gemma.load(source, backend=backend, task=task, dtype=dtype, device=device)
+        return Gemma.load(path, backend=backend, task=task, dtype=dtype, device=device)
 
 
 def write_row(*cells: object) -> None:

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from gemma_hub.cli.console import err, out, table, waiting, write
+from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.tokenizers import TokenizerInterface
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 def tokenize(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint folder, a vocabulary file, or an installed name.")
+        str,
+        typer.Argument(help="A checkpoint, a vocabulary file, an installed name, or an id."),
     ],
     text: Annotated[str, typer.Argument(help="The text; - reads standard input.")],
     fast: Annotated[
@@ -38,8 +40,9 @@ def tokenize(
     """Show the tokens of a text: place, id, piece, span in characters, and the characters."""
     if text == "-":
         text = sys.stdin.read()
+    path = local_source(source, "tokenizer")
     with waiting(f"Loading {source}"):
-        tokenizer = _opened(source, fast)
+        tokenizer = _opened(path, fast)
     ids, spans = tokenizer.encode_with_offsets(
         text, add_special_tokens=around, allow_special=not plain
     )

@@ -7,6 +7,7 @@ import typer
 
 from gemma_hub.cli import texts as shared
 from gemma_hub.cli.console import out, show_table, table, waiting, write
+from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.probe import Probe, Verification
@@ -26,12 +27,13 @@ def verify(
     from gemma_hub.conversion import open_source
     from gemma_hub.probe import needed_probe
 
-    opened = open_source(source)[1]
+    path = local_source(source)
+    opened = open_source(path)[1]
     probe = needed_probe(opened.path, opened.config)
     found: dict[str, Verification] = {}
     for name in backends.split(",") if backends else (None,):
         with waiting(f"Running {name or 'it'}"):
-            model = shared.loaded(source, probe.task, name and name.strip(), dtype, device)
+            model = shared.loaded(path, probe.task, name and name.strip(), dtype, device)
             found[f"{model.backend.name}, {model.dtype}, {model.device}"] = model.verify(probe)
     if as_json:
         records = {run: verification.to_dict() for run, verification in found.items()}

@@ -77,7 +77,7 @@ def find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
 
 
 def _find(source: str | os.PathLike[str], files: Sequence[str]) -> Found:
-    path = resolved(source)
+    path = resolved(source, "tokenizer")
     if path.is_file():
         return Found(path, None, TokenizerSettings(), {})
     there = [name for name in files if (path / name).is_file()]

@@ -79,8 +79,9 @@ class TokenizerState(ABC):
         """The tokenizer of a checkpoint, or of a vocabulary file.
 
         Args:
-            source: a checkpoint folder, a tokenizer.model or tokenizer.json file, or the name of
-                an installed checkpoint.
+            source: a checkpoint folder, a tokenizer.model or tokenizer.json file, the name of an
+                installed checkpoint, or a repository of the Hugging Face hub, `owner/name` or
+                `owner/name@revision`.
             **settings: fields of `TokenizerSettings`, instead of those in tokenizer_config.json.
 
         Raises:

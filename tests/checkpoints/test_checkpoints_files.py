@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_hub.checkpoints import open_checkpoint
+from gemma_hub.checkpoints import describe_checkpoint, open_checkpoint
 from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -219,16 +219,36 @@ def test_folder_without_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("pytorch_model.bin", "PyTorch"), ("gemma-2b.ckpt", "PyTorch"), ("gemma.gguf", "GGUF"),
-     ("flax_model.msgpack", "Flax"), ("model.weights.h5", "Keras")],
+    ("name", "kind", "source"),
+    [("pytorch_model.bin", "PyTorch", ""), ("gemma-2b.ckpt", "PyTorch", "/gemma-2b.ckpt"),
+     ("gemma.gguf", "GGUF", "/gemma.gguf"), ("flax_model.msgpack", "Flax", ""),
+     ("model.weights.h5", "Keras", ""), ("manifest.ocdbt", "Orbax", "")],
 )  # fmt: skip
-def test_folder_in_another_format(tmp_path, name, kind):
+def test_folder_in_another_format(tmp_path, name, kind, source):
     (tmp_path / name).write_bytes(b"anything")
     with pytest.raises(
-        CheckpointError, match=f"holds {name}, .* another format: {kind}.*safetensors only"
+        CheckpointError,
+        match=f"holds {name}, .* another format: {kind}.*gemma-hub convert {tmp_path}{source} OUT",
     ):
         open_checkpoint(tmp_path)
+    assert "gemma-hub convert" in describe_checkpoint(tmp_path).problems[0]
+
+
+@pytest.mark.parametrize("name", ["gemma.gguf", "gemma.ckpt"])
+def test_file_in_another_format(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"anything")
+    with pytest.raises(CheckpointError, match=f"{name} is a .*gemma-hub convert {path} OUT"):
+        open_checkpoint(path)
+
+
+def test_an_index_that_names_what_no_file_can_be_called(sharded):
+    path = sharded / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = f"{'m' * 5000}.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"Missing \(1\): m"):
+        open_checkpoint(sharded)
 
 
 def test_weights_of_another_name(tmp_path):

@@ -1,7 +1,6 @@
 """Transformers' Flax checkpoints: config.json and flax_model.msgpack, whole or in shards."""
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from gemma_hub.checkpoints.description import stated_task
-from gemma_hub.checkpoints.folder import checkpoint_folder, listing
+from gemma_hub.checkpoints.folder import (
+    FileNames,
+    check_index_against_files,
+    checkpoint_folder,
+    weight_files,
+)
 from gemma_hub.checkpoints.formats.interface import Opened, Progress, WriteOptions
 from gemma_hub.checkpoints.formats.layout import (
     Layout,
@@ -21,20 +25,19 @@ from gemma_hub.checkpoints.formats.stated import companions, config_beside
 from gemma_hub.checkpoints.formats.table import layout
 from gemma_hub.checkpoints.output import flush, write_json
 from gemma_hub.checkpoints.writer import split_into_shards, write_companions
-from gemma_hub.config import CLASSIFICATIONS, GemmaConfig, read_json_object
-from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten, nearest
+from gemma_hub.config import CLASSIFICATIONS, GemmaConfig
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights
 
-_SINGLE_FILE = "flax_model.msgpack"
-_INDEX_FILE = "flax_model.msgpack.index.json"
-_WEIGHT_FILE = re.compile(r"flax_model(-\d+-of-\d+)?\.msgpack")
-_PLAIN_NAME = re.compile(r"[^/\\:\0]+\.msgpack")
+_FILES = FileNames("flax_model", ".msgpack")
 _MAX_SHARD_BYTES = 10_000_000_000  # Transformers' default
 _PREFIX = "model/"
 # Of a base model's tree, which lacks the prefix.
 _BARE = ("embed_tokens/", "layers/", "norm/")
 _HEAD = "lm_head/kernel"
 _ROPE_THETA = 10_000.0
+# No Gemma comes near these; the limits keep a damaged folder from taking the time.
+_MAX_LAYERS, _MAX_ARRAYS = 100, 10_000
 
 
 class FlaxMsgpack:
@@ -47,7 +50,7 @@ class FlaxMsgpack:
     def detect(self, path: Path) -> bool:
         """Whether the folder has weights under the names that this format has for them."""
         try:
-            return any((path / name).is_file() for name in (_SINGLE_FILE, _INDEX_FILE))
+            return any((path / name).is_file() for name in (_FILES.single, _FILES.index))
         except (OSError, ValueError):
             return False
 
@@ -71,6 +74,7 @@ class FlaxMsgpack:
             )
         config = config or stated
         assert config is not None
+        _check_size(folder, stored, config)
         is_other_head = task != "causal_lm" and _HEAD in stored.names()
         reason = f"the head of a causal language model, which the task {task!r} has no use for"
         weights, dropped = canonical_weights(
@@ -93,6 +97,7 @@ class FlaxMsgpack:
     def objections(self, config: GemmaConfig, task: str, options: WriteOptions) -> tuple[str, ...]:
         """What Transformers' Flax classes do not have, or compute in one way only."""
         is_windowed = any(layer.window is not None for layer in config.layers)
+        has_many_layers = config.num_hidden_layers > _MAX_LAYERS
         is_capped = (config.attn_logit_softcapping or config.final_logit_softcapping) is not None
         scale = config.query_pre_attn_scalar or config.head_dim
         reasons = {
@@ -108,6 +113,8 @@ class FlaxMsgpack:
             ),
             f"Its attention scale is that of head_dim {config.head_dim}, not of "
             f"query_pre_attn_scalar {scale:g}.": scale != config.head_dim,
+            f"It has {config.num_hidden_layers} layers; of this format, {_MAX_LAYERS} can be "
+            "read.": has_many_layers,
             "It ignores rope_scaling.": config.rope_factor != 1.0,
             f"It computes with a RoPE base of {_ROPE_THETA:g} whatever config.json says; this "
             f"model's is {config.rope_theta:g}.": config.rope_theta != _ROPE_THETA,
@@ -183,53 +190,20 @@ def _opened_files(folder: Path) -> list[MsgpackFile]:
     Raises:
         CheckpointError: a file is missing, damaged, or not what the index says.
     """
-    present = sorted(entry.name for entry in folder.iterdir())
-    weights = [name for name in present if _WEIGHT_FILE.fullmatch(name)]
-    if _INDEX_FILE not in present:
-        if weights == [_SINGLE_FILE]:
-            return [MsgpackFile(folder / _SINGLE_FILE)]
-        raise CheckpointError(
-            f"{folder} holds {first_ten(weights) or 'no Flax weights'}; expected {_SINGLE_FILE} "
-            f"alone, or {_INDEX_FILE} with its shards. Get what is missing, or remove what is "
-            "left over from another save."
-        )
-    index = _read_index(folder / _INDEX_FILE)
-    shards = sorted(set(index.values()))
-    there = {name for name in shards if (folder / name).is_file()}
-    problems = {
-        "Missing": [name for name in shards if name not in there],
-        "There, and not in the index": [name for name in weights if name not in shards],
-    }
-    files = [] if any(problems.values()) else [MsgpackFile(folder / name) for name in shards]
-    places = [(name, file.path.name) for file in files for name in file.tensors]
-    if files:
-        names = {name for name, _ in places}
-        problems |= {
-            "In no file": [name for name in index if name not in names],
-            "Not where the index says": [
-                f"{name} (in {file})" for name, file in places if index.get(name) != file
-            ],
-        }
-    if any(problems.values()):
-        raise CheckpointError(
-            f"{folder / _INDEX_FILE} and the files beside it do not fit.\n"
-            + listing(problems)
-            + "  The index or a file is from another save; get all of them again."
-        )
+    found = weight_files(folder, _FILES)
+    files = [MsgpackFile(path) for path in found.paths]
+    check_index_against_files(folder, found.index, files, _FILES)
     return files
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    index = read_json_object(path, CheckpointError).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{path} has no weight_map of array names to files. Get it again.")
-    for name, file in index.items():
-        if not isinstance(file, str) or not _PLAIN_NAME.fullmatch(file):
-            raise CheckpointError(
-                f"{path} says that {name} is in {file!r}; expected the plain name of a *.msgpack "
-                "file in the same folder. Nothing outside the folder is opened."
-            )
-    return index
+def _check_size(folder: Path, stored: _Stored, config: GemmaConfig) -> None:
+    count = len(stored.names())
+    if config.num_hidden_layers > _MAX_LAYERS or count > _MAX_ARRAYS:
+        raise CheckpointError(
+            f"{folder} has {count:,} arrays, and its config {config.num_hidden_layers:,} layers; "
+            f"expected at most {_MAX_ARRAYS:,} and {_MAX_LAYERS}. Check that the two belong "
+            "together."
+        )
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -244,9 +218,7 @@ def _write_weights(
         for name in weights.names()
     }
     shards = split_into_shards(sizes, max_shard_bytes)
-    count = len(shards)
-    files = [f"flax_model-{i + 1:05}-of-{count:05}.msgpack" for i in range(count)]
-    files = [_SINGLE_FILE] if count == 1 else files
+    files = [_FILES.single] if len(shards) == 1 else _FILES.shards(len(shards))
     total, done = sum(sizes.values()), 0
     for name, shard in zip(files, shards, strict=True):
         with (folder / name).open("wb") as file:
@@ -255,7 +227,7 @@ def _write_weights(
                 if progress:
                     progress(done, total)
             flush(file)
-    if count > 1:
+    if len(shards) > 1:
         places = {array: f for f, shard in zip(files, shards, strict=True) for array in shard}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_json(folder / _INDEX_FILE, index)
+        write_json(folder / _FILES.index, index)

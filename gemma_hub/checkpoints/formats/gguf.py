@@ -71,11 +71,11 @@ class Gguf:
             if path.is_dir():
                 found = _files(path)
                 return len(found) == 1 or (bool(found) and all(map(_PART.fullmatch, found)))
-            if path.suffix == _SUFFIX and path.is_file():
-                return True
+            if not path.is_file() or path.suffix == _SUFFIX:
+                return path.is_file()
             with path.open("rb") as file:
                 return file.read(len(MAGIC)) == MAGIC
-        except OSError:
+        except (OSError, ValueError):
             return False
 
     def open(self, path: Path, config: GemmaConfig | None = None) -> Opened:
@@ -98,7 +98,7 @@ class Gguf:
             str(file.path), file, columns, config, _TASK, dropped=constants | _tied_head(file)
         )
         weights, of_norms = with_norms(canonical, file, columns, config, _TASK)
-        files, of_files = _files_of(file, config)
+        files, of_files = _files_of(file, config, is_alone=not path.is_dir())
         return Opened(
             path=path,
             config=config,
@@ -184,7 +184,10 @@ def _one_file(path: Path) -> Path:
         raise CheckpointNotFoundError(f"There is no GGUF file at {path}.")
     file = path
     if path.is_dir():
-        found = _files(path)
+        try:
+            found = _files(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         if not found:
             raise CheckpointNotFoundError(f"{path} holds no *{_SUFFIX} file.")
         if len(found) > 1 and not _PART.fullmatch(found[0]):
@@ -232,16 +235,25 @@ def _rounded(file: GgufFile) -> tuple[str, ...]:
     )
 
 
-def _files_of(file: GgufFile, config: GemmaConfig) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The files beside a GGUF, and those made of what it holds itself; notes on what failed."""
-    files = companions(file.path.parent)
+def _files_of(
+    file: GgufFile, config: GemmaConfig, *, is_alone: bool
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The files beside a GGUF, and those made of what it holds itself; notes on what failed.
+
+    Args:
+        file: the GGUF.
+        config: the model's.
+        is_alone: whether it was asked for by its own name: the folder may then hold files of other
+            models, which count only where this one holds no vocabulary.
+    """
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    files = {} if is_alone and tokens is not None else companions(file.path.parent)
     made: dict[str, bytes] = {}
     notes: list[str] = []
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != config.vocab_size:
         notes.append(
-            f"Its vocabulary has {len(tokens):,} pieces, and its embedding {config.vocab_size:,} "
-            "rows; llama.cpp would not load it."
+            f"Its vocabulary has {len(tokens):,} pieces, and the config that was given "
+            f"{config.vocab_size:,}; llama.cpp would not load it."
         )
     if "tokenizer.model" not in files and "tokenizer.json" not in files and tokens is not None:
         model = vocabulary_model(file.metadata)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_hub.checkpoints.formats.gguf_file import MAX_TENSORS, GgufFile, Value
+from gemma_hub.checkpoints.formats.gguf_file import MAX_TENSORS, GgufFile, Value, shown
 from gemma_hub.checkpoints.formats.interface import WriteOptions
 from gemma_hub.config import GemmaConfig, parse_json_object
 from gemma_hub.errors import CheckpointError, ConfigError, first_ten
@@ -26,13 +26,20 @@ _SIZES = {
     "head_dim": "attention.key_length",
 }
 _EPSILON, _BASE = "attention.layer_norm_rms_epsilon", "rope.freq_base"
-_SCALING, _FACTOR = "rope.scaling.type", "rope.scaling.factor"
-# Keys that say again what the ones above say, or what no computation depends on.
-_REPEATS = {"attention.value_length": "head_dim", "rope.dimension_count": "head_dim"}
-_KNOWN = {*_SIZES.values(), *_REPEATS, _EPSILON, _BASE, _SCALING, _FACTOR, "vocab_size"}
+_SCALING, _FACTOR, _OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
+# Keys that say again what other keys, or the shapes, say.
+_REPEATS = {
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "vocab_size": "vocab_size",
+}
+_KNOWN = {
+    *_SIZES.values(), *_REPEATS, _EPSILON, _BASE, _SCALING, _FACTOR, _OLD_FACTOR,
+}  # fmt: skip
 _MAX_LAYERS = MAX_TENSORS // 10
 _IDS = {"pad_token_id": "padding", "eos_token_id": "eos", "bos_token_id": "bos"}
 _UNSAID = ("initializer_range", "attention_dropout", *_IDS)
+_MAX_UNSAID = 1 << 20  # characters
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -107,16 +114,16 @@ def add_config(writer: Any, config: GemmaConfig) -> None:
 def check_architecture(path: Path, metadata: Mapping[str, Value]) -> None:
     """Raise a CheckpointError unless it is a whole first-generation Gemma."""
     name = metadata.get("general.architecture")
-    if name != ARCHITECTURE:
+    if not isinstance(name, str) or name != ARCHITECTURE:
         raise CheckpointError(
-            f"{path} holds a model of the architecture {name!r}; this version reads "
+            f"{path} holds a model of the architecture {shown(name)}; this version reads "
             f"{ARCHITECTURE!r} (first generation: Gemma 1, 1.1 and CodeGemma)."
         )
     count = metadata.get("split.count", 1)
-    if count not in (0, 1):
+    if not isinstance(count, int) or count not in (0, 1):
         raise CheckpointError(
-            f"{path} is one of {count} parts of a model. Make one file of them with llama.cpp's "
-            "llama-gguf-split --merge FIRST_PART model.gguf, and open that."
+            f"{path} is one of {shown(count)} parts of a model. Make one file of them with "
+            "llama.cpp's llama-gguf-split --merge FIRST_PART model.gguf, and open that."
         )
 
 
@@ -130,11 +137,11 @@ def config_from(file: GgufFile, embedding: str) -> tuple[GemmaConfig, tuple[str,
     Raises:
         CheckpointError: a key is missing, or has a value that no Gemma has.
     """
-    metadata, notes = file.metadata, []
+    notes: list[str] = []
     values: dict[str, Any] = {
-        field: metadata[f"{ARCHITECTURE}.{key}"]
+        field: value
         for field, key in _SIZES.items()
-        if f"{ARCHITECTURE}.{key}" in metadata
+        if (value := _stated(file, f"{ARCHITECTURE}.{key}")) is not None
     }
     if "num_attention_heads" in values and "num_key_value_heads" not in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
@@ -148,7 +155,7 @@ def config_from(file: GgufFile, embedding: str) -> tuple[GemmaConfig, tuple[str,
     values["vocab_size"] = file.shape(embedding)[0]
     values["dtype"] = file.dtype(embedding)
     for field, key, usual in (("rms_norm_eps", _EPSILON, 1e-6), ("rope_theta", _BASE, 10_000.0)):
-        stated = metadata.get(f"{ARCHITECTURE}.{key}")
+        stated = _stated(file, f"{ARCHITECTURE}.{key}")
         values[field] = usual if stated is None else _shortest(stated)
         if stated is None:
             notes.append(f"It does not state {key}; {usual:g} is taken, as for released models.")
@@ -161,45 +168,52 @@ def config_from(file: GgufFile, embedding: str) -> tuple[GemmaConfig, tuple[str,
             f"{file.path}: its metadata is no Gemma's: {error} Pass the model's config."
         ) from error
     _check_repeats(file, config)
-    return config, (*notes, *_unknown_keys(metadata))
+    return config, (*notes, *_unknown_keys(file.metadata))
+
+
+def _stated(file: GgufFile, key: str) -> str | int | float | bool | None:
+    """The one value that a key has, which is short; None without the key."""
+    value = file.metadata.get(key)
+    if isinstance(value, np.ndarray | list) or (isinstance(value, str) and len(value) > 80):
+        raise CheckpointError(
+            f"{file.path} has {key} {shown(value)}; expected one value. Get the file again, or "
+            "pass the model's config."
+        )
+    return value
 
 
 def _scaling(file: GgufFile) -> dict[str, Any] | None:
-    kind = file.metadata.get(f"{ARCHITECTURE}.{_SCALING}", "none")
-    if kind == "none":
-        return None
-    if kind != "linear":
+    """The scaling of positions; as in llama.cpp, a factor of no stated type is a linear one."""
+    kind = _stated(file, f"{ARCHITECTURE}.{_SCALING}")
+    if kind not in (None, "linear", "none"):
         raise CheckpointError(
             f"{file.path} has {ARCHITECTURE}.{_SCALING} {kind!r}; expected 'linear' or 'none'."
         )
-    return {
-        "rope_type": "linear",
-        "factor": _shortest(file.metadata.get(f"{ARCHITECTURE}.{_FACTOR}")),
-    }
+    factor = _stated(file, f"{ARCHITECTURE}.{_FACTOR}")
+    if factor is None:
+        factor = _stated(file, f"{ARCHITECTURE}.{_OLD_FACTOR}")
+    if kind == "none" or not factor:
+        return None
+    return {"rope_type": "linear", "factor": _shortest(factor)}
 
 
 def _add_unsaid(values: dict[str, Any], file: GgufFile) -> list[str]:
     """Put the ids into `values`, and what our own key says; returns notes."""
     notes = []
-    absent = [field for field, name in _IDS.items() if _id_key(name) not in file.metadata]
-    for field, name in _IDS.items():
-        if field not in absent:
-            values[field] = file.metadata[_id_key(name)]
-    unsaid: dict[str, Any] = {}
-    if CONFIG_KEY in file.metadata:
-        content = str(file.metadata[CONFIG_KEY]).encode()
-        unsaid = parse_json_object(content, f"{CONFIG_KEY} of {file.path}", CheckpointError)
-    for field, value in unsaid.items():
-        # A tool may have changed an id since; the list that we noted is then of another model.
-        changed = field in _IDS and _first(value) != (
-            None if field in absent else values.get(field)
+    stated = {field: _stated(file, _id_key(name)) for field, name in _IDS.items()}
+    absent = [field for field, value in stated.items() if value is None]
+    values |= {field: value for field, value in stated.items() if value is not None}
+    # A tool may have changed an id since; the list that we noted is then of another model.
+    ignored = []
+    for field, value in _unsaid(file).items():
+        if field not in _UNSAID or (field in _IDS and _first(value) != stated[field]):
+            ignored.append(field[:80])
+        else:
+            values[field] = tuple(value) if isinstance(value, list) else value
+    if ignored:
+        notes.append(
+            f"What {CONFIG_KEY} says of {first_ten(ignored)} was ignored: it does not belong here."
         )
-        if field not in _UNSAID or changed:
-            notes.append(
-                f"What {CONFIG_KEY} says of {field!r} was ignored: it does not belong here."
-            )
-            continue
-        values[field] = tuple(value) if isinstance(value, list) else value
     assumed = [field for field in absent if field not in values]
     if assumed:
         notes.append(
@@ -208,14 +222,32 @@ def _add_unsaid(values: dict[str, Any], file: GgufFile) -> list[str]:
     return notes
 
 
+def _unsaid(file: GgufFile) -> dict[str, Any]:
+    """What our own key says."""
+    content = file.metadata.get(CONFIG_KEY, "{}")
+    if not isinstance(content, str) or len(content) > _MAX_UNSAID:
+        raise CheckpointError(
+            f"{file.path} has {CONFIG_KEY} {shown(content)}; expected a JSON object. Get the file "
+            "again, or pass the model's config."
+        )
+    return parse_json_object(content.encode(), f"{CONFIG_KEY} of {file.path}", CheckpointError)
+
+
 def _check_repeats(file: GgufFile, config: GemmaConfig) -> None:
     for key, field in _REPEATS.items():
-        stated = file.metadata.get(f"{ARCHITECTURE}.{key}", getattr(config, field))
-        if isinstance(stated, np.ndarray) or stated != getattr(config, field):
+        stated, expected = _stated(file, f"{ARCHITECTURE}.{key}"), getattr(config, field)
+        if stated is not None and stated != expected:
             raise CheckpointError(
-                f"{file.path} has {ARCHITECTURE}.{key} {stated!r}; expected "
-                f"{getattr(config, field)}, as {ARCHITECTURE}.{_SIZES[field]} says."
+                f"{file.path} has {ARCHITECTURE}.{key} {stated!r}; expected {expected}, the "
+                f"{field} that the rest of the file says."
             )
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != config.vocab_size:
+        raise CheckpointError(
+            f"{file.path} has {len(tokens):,} pieces in its vocabulary and {config.vocab_size:,} "
+            "rows in its embedding, which llama.cpp would not load either. Get the file again, or "
+            "pass the model's config if only the vocabulary is incomplete."
+        )
 
 
 def _unknown_keys(metadata: Mapping[str, Value]) -> Iterator[str]:
@@ -224,7 +256,8 @@ def _unknown_keys(metadata: Mapping[str, Value]) -> Iterator[str]:
         key for key in metadata if key.startswith(prefix) and key.removeprefix(prefix) not in _KNOWN
     ]
     if unknown:
-        yield f"Nothing here knows its keys {first_ten(unknown)}, nor does llama.cpp's Gemma."
+        names = first_ten(key[:80] for key in unknown)
+        yield f"Nothing here knows its keys {names}; what they say was ignored."
 
 
 def _shortest(value: Any) -> Any:

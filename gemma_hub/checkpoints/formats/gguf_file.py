@@ -6,7 +6,9 @@ are left before it is used, so that a damaged or hostile file is an error at onc
 
 The format, little-endian: "GGUF"; version; number of tensors; number of key-values; the
 key-values; for each tensor its name, sizes (the fastest first), type and offset; padding to the
-alignment; the tensors' data, to which the offsets are relative.
+alignment; the tensors' data, to which the offsets are relative, one after another, each padded to
+the alignment with zeros. Nothing else may be in the file, so that damage to its header, which has
+no checksum, cannot move the tensors.
 """
 
 import math
@@ -39,13 +41,15 @@ _NUMBERS = {  # {the format's number for a type of value: the type}
 _HEAD = struct.Struct("<4sIQQ")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _VERSIONS = (2, 3)
+_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", (32,))])
 
 # More would be a damaged file; the limits keep such a file from taking time and memory.
 _MAX_HEADER = 256 << 20  # bytes
-_MAX_KEYS, _MAX_TEXTS = 100_000, 4_000_000
-MAX_TENSORS = 2_000
-_MAX_KEY, _MAX_TEXT = 65_535, 16 << 20  # bytes
+_MAX_KEYS, _MAX_TEXTS = 10_000, 1_000_000
+MAX_TENSORS = 1_000
+_MAX_KEY, _MAX_NAME, _MAX_TEXT = 1_000, 250, 16 << 20  # bytes
 _MAX_DIMENSIONS = 4
+_ALIGNMENTS = tuple(2**n for n in range(3, 17))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._gguf = needed("gguf", "gguf")
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is not a file; expected a GGUF. Get the file again.")
         try:
             with path.open("rb") as file:
                 self._pages = _map(file)
@@ -98,7 +104,7 @@ class GgufFile:
         self.tensors = self._placed(header)
 
     def _placed(self, header: "_Header") -> dict[str, GgufTensor]:
-        """The tensors, each of which is whole, aligned, and apart from the others."""
+        """The tensors, which fill the rest of the file."""
         types = {int(kind): kind.name for kind in self._gguf.GGMLQuantizationType}
         stated = header.tensors()
         unread = {
@@ -112,34 +118,43 @@ class GgufFile:
                 f"expected {', '.join(READ_TYPES)}. Get the model as a BF16 or F16 file; what was "
                 "rounded to fewer bits cannot be turned back."
             )
-        alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-            raise _damaged(
-                self.path, f"general.alignment is {alignment!r}; expected a power of 2 from 8 up"
-            )
-        base = -(-header.position // alignment) * alignment
+        alignment = self._alignment()
+        start = base = self._padding_end(header.position, alignment)
         tensors: dict[str, GgufTensor] = {}
         for name, (shape, kind, offset) in stated.items():
             block, size = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(kind)]
             if shape[-1] % block:
                 raise _damaged(self.path, f"{name} has rows of {shape[-1]}, no multiple of {block}")
             nbytes = math.prod(shape) // block * size
-            if offset % alignment or base + offset + nbytes > len(self._pages):
+            if base + offset != start or start + nbytes > len(self._pages):
                 raise _damaged(
                     self.path,
                     f"{name} would be {nbytes:,} bytes at {base + offset:,} of the file's "
-                    f"{len(self._pages):,}; each tensor starts at a multiple of {alignment}",
+                    f"{len(self._pages):,}; the tensor before it, padded to a multiple of "
+                    f"{alignment}, ends at {start:,}",
                 )
-            tensors[name] = GgufTensor(types[kind], shape, base + offset, nbytes)
-        self._check_apart(tensors)
+            tensors[name] = GgufTensor(types[kind], shape, start, nbytes)
+            start = self._padding_end(start + nbytes, alignment)
+        if len(self._pages) > start:
+            raise _damaged(self.path, f"it goes on for {len(self._pages) - start:,} bytes too many")
         return tensors
 
-    def _check_apart(self, tensors: Mapping[str, GgufTensor]) -> None:
-        end, before = 0, ""
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-            if tensor.start < end:
-                raise _damaged(self.path, f"{name} and {before} have bytes in common")
-            end, before = tensor.start + tensor.nbytes, name
+    def _alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment not in _ALIGNMENTS:
+            raise _damaged(
+                self.path,
+                f"general.alignment is {shown(alignment)}; expected a power of 2 from "
+                f"{_ALIGNMENTS[0]} to {_ALIGNMENTS[-1]}",
+            )
+        return alignment
+
+    def _padding_end(self, position: int, alignment: int) -> int:
+        """The next multiple of the alignment, or the file's end; what is before it is zero."""
+        end = -(-position // alignment) * alignment
+        if any(self._pages[position:end]):
+            raise _damaged(self.path, f"the padding at byte {position:,} is not zero")
+        return end
 
     # -- Weights -----------------------------------------------------------------------------------
 
@@ -166,16 +181,13 @@ class GgufFile:
         return np.ndarray((tensor.nbytes,), np.uint8, buffer=self._pages, offset=tensor.start)
 
     def _dequantised(self, tensor: GgufTensor, index: Index) -> np.ndarray:
-        rows = math.prod(tensor.shape[:-1])
-        stored = np.ndarray(
-            (*tensor.shape[:-1], tensor.nbytes // rows),
-            np.uint8,
-            buffer=self._pages,
-            offset=tensor.start,
-        )
-        kind = self._gguf.GGMLQuantizationType.Q8_0
+        """Q8_0: each 32 values of a row are one float16 scale times 32 int8, in float32."""
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // 32)
+        blocks = np.ndarray(shape, _Q8_0_BLOCK, buffer=self._pages, offset=tensor.start)
+        values = blocks["values"].astype(np.float32)
         with np.errstate(all="ignore"):  # a damaged scale is an infinity, as it is in a float
-            values: np.ndarray = self._gguf.quants.dequantize(stored, kind)
+            values *= blocks["scale"].astype(np.float32)[..., np.newaxis]
+        values = values.reshape(tensor.shape)
         return values if index is None else np.asarray(values[index])
 
     def _tensor(self, name: str) -> GgufTensor:
@@ -227,7 +239,7 @@ class _Header:
         """{name: (shape, number of its type, offset)}, after the key-values."""
         tensors: dict[str, tuple[Shape, int, int]] = {}
         for _ in range(self._n_tensors):
-            name = self._text(_MAX_KEY)
+            name = self._text(_MAX_NAME)
             dimensions = self._number(_U32)
             if name in tensors or not 1 <= dimensions <= _MAX_DIMENSIONS:
                 problem = "is there twice" if name in tensors else f"has {dimensions} dimensions"
@@ -300,6 +312,15 @@ class _Header:
             raise _damaged(self._path, f"its header goes on for {size:,} bytes at byte {start:,}")
         self.position = start + size
         return start
+
+
+def shown(value: Value | None) -> str:
+    """A value in words for a message, however long it is."""
+    if isinstance(value, np.ndarray | list):
+        return f"an array of {len(value):,}"
+    if isinstance(value, str) and len(value) > 80:
+        return f"{value[:80]!r}..."
+    return repr(value)
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

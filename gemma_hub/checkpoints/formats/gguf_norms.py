@@ -21,6 +21,7 @@ NORMS_KEY = "gemma_hub.norms"
 """Its value is an array of bytes, a safetensors file of all norms by canonical name."""
 
 _GIVEN_TYPES = ("float32", "bfloat16", "float16")
+_MAX_ENTRY = 1000  # bytes of a safetensors header for one tensor; far more than a name takes
 
 
 class WithNorms:
@@ -89,7 +90,8 @@ def with_norms(
 def _kept(file: GgufFile, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """The norms under our key, if they have the names, the shapes and a type that norms have."""
     value = file.metadata[NORMS_KEY]
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
+    most = sum(array.nbytes + _MAX_ENTRY for array in expected.values())
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.size > most:
         return None
     try:
         entries = dict(safetensors.deserialize(value.tobytes()))  # type: ignore[no-untyped-call]

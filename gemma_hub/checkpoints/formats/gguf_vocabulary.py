@@ -3,8 +3,12 @@
 A GGUF of a Gemma holds the pieces, scores and types of its tokenizer.model and the few settings
 that llama.cpp follows, all of which a SentencePiece model can be made of again. The fields of that
 file, a protocol buffer, are those of sentencepiece_model.proto.
+
+llama.cpp looks for user-defined pieces in a text as it stands, and prints them as they are. So a
+GGUF has their spaces as spaces, and those of all other pieces as U+2581, like the model file.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +19,7 @@ from gemma_hub.checkpoints.formats.gguf_file import Value
 
 _KEY = "tokenizer.ggml."
 _VARINT, _64_BIT, _BYTES, _32_BIT = 0, 1, 2, 5
-_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _TYPES = range(1, 7)
 _BPE = 2
 # Numbers of fields: of the model, of a piece, of TrainerSpec and of NormalizerSpec.
@@ -23,7 +27,13 @@ _PIECES, _TRAINER, _NORMALIZER, _DENORMALIZER = 1, 2, 3, 5
 _TEXT, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 _IDS = {"unknown": (40, 45), "bos": (41, 46), "eos": (42, 47), "padding": (43, 48)}
+_PIECES_OF_IDS = {"unknown": b"<unk>", "bos": b"<bos>", "eos": b"<eos>", "padding": b"<pad>"}
 _NAME, _CHARSMAP, _DUMMY_PREFIX, _REMOVE_EXTRA, _ESCAPE = 1, 2, 3, 4, 5
+
+_SPACE = "\u2581".encode()
+_ADDED_SCORE = -1000.0  # what llama.cpp's converter gives to pieces of tokenizer_config.json
+# Gemma's user-defined pieces: marks, tags, and runs of newlines, tabs and spaces.
+_MARK = re.compile(rb"<[^<>\s]+>|\[[^\[\]\s]+\]|\n+|\t+|(?:%b){2,}" % _SPACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ class PieceTable:
     """What a GGUF says of a vocabulary.
 
     Attributes:
-        texts: of the pieces, in UTF-8.
+        texts: of the pieces, in UTF-8, as a GGUF has them.
         scores: a higher one is merged first.
         types: as in SentencePiece.Type.
         adds_prefix: whether a space is put in front of a text.
@@ -60,14 +70,10 @@ def read_pieces(model: bytes) -> PieceTable:
     specs: dict[int, dict[int, bytes | int]] = {}
     for field, content in _fields(model):
         if field == _PIECES and isinstance(content, bytes):
-            piece = dict(_fields(content))
-            text, score = piece.get(_TEXT, b""), piece.get(_SCORE, b"\0\0\0\0")
-            kind = piece.get(_TYPE, _NORMAL)
-            if not (isinstance(text, bytes) and isinstance(score, bytes) and kind in _TYPES):
-                raise ValueError(f"its piece {len(texts)} is not one")
+            text, score, kind = _piece(content, f"its piece {len(texts)}")
             texts.append(text)
-            scores.append(struct.unpack("<f", score)[0])
-            types.append(int(kind))
+            scores.append(score)
+            types.append(kind)
         elif field in (_TRAINER, _NORMALIZER, _DENORMALIZER) and isinstance(content, bytes):
             specs.setdefault(field, {}).update(_fields(content))
     if not texts or not specs.keys() >= {_TRAINER, _NORMALIZER}:
@@ -87,6 +93,22 @@ def read_pieces(model: bytes) -> PieceTable:
         adds_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
         removes_spaces=bool(normalizer.get(_REMOVE_EXTRA, 1)),
     )
+
+
+def _piece(content: bytes, what: str) -> tuple[bytes, float, int]:
+    """The text of a piece as a GGUF has it, its score and its type."""
+    fields = dict(_fields(content))
+    text, score = fields.get(_TEXT, b""), fields.get(_SCORE, b"\0\0\0\0")
+    kind = fields.get(_TYPE, _NORMAL)
+    if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
+        raise ValueError(f"{what} is not one")
+    if kind not in _TYPES:
+        raise ValueError(f"{what} is of no known type")
+    if kind == _USER_DEFINED:
+        if b" " in text:
+            raise ValueError(f"{what} has a plain space")
+        text = text.replace(_SPACE, b" ")
+    return text, struct.unpack("<f", score)[0], int(kind)
 
 
 def padded(table: PieceTable, size: int) -> PieceTable:
@@ -156,15 +178,18 @@ def vocabulary_model(metadata: Mapping[str, Value]) -> bytes | None:
     table = _table(metadata)
     if table is None:
         return None
+    ids = _special_ids(metadata, table)
+    types = _model_types(table, ids)
     scores = np.asarray(table.scores, "<f4").tobytes()
-    types = np.asarray(table.types).tolist()
     parts: list[bytes] = []
     for i, (text, kind) in enumerate(zip(table.texts, types, strict=True)):
+        if kind == _USER_DEFINED:
+            text = text.replace(b" ", _SPACE)
         piece = _bytes(_TEXT, text) + _SCORE_TAG + scores[4 * i : 4 * i + 4]
         if kind != _NORMAL:
             piece += _integer(_TYPE, kind)
         parts.append(_bytes(_PIECES, piece))
-    parts.append(_bytes(_TRAINER, _trainer(metadata, table)))
+    parts.append(_bytes(_TRAINER, _trainer(table.texts, types, ids)))
     normalizer = _bytes(_NAME, b"identity") + _bytes(_CHARSMAP, b"")
     normalizer += _integer(_DUMMY_PREFIX, table.adds_prefix)
     normalizer += _integer(_REMOVE_EXTRA, table.removes_spaces) + _integer(_ESCAPE, 1)
@@ -176,12 +201,15 @@ def _table(metadata: Mapping[str, Value]) -> PieceTable | None:
     texts, scores, types = (
         metadata.get(_KEY + name) for name in ("tokens", "scores", "token_type")
     )
-    if metadata.get(_KEY + "model") != "llama" or not isinstance(texts, list) or not texts:
+    kind = metadata.get(_KEY + "model")
+    if not isinstance(kind, str) or kind != "llama" or not isinstance(texts, list) or not texts:
         return None
     if not isinstance(scores, np.ndarray) or not isinstance(types, np.ndarray):
         return None
-    fits = len(scores) == len(types) == len(texts) and types.dtype.kind in "iu"
-    if not fits or not ((types >= _TYPES[0]) & (types <= _TYPES[-1])).all():
+    fits = len(scores) == len(types) == len(texts)
+    if not fits or scores.dtype != np.float32 or types.dtype.kind not in "iu":
+        return None
+    if not np.isfinite(scores).all() or not np.isin(types, _TYPES).all():
         return None
     size = len(texts)
     while size and types[size - 1] == _UNUSED and texts[size - 1] == _padding(size - 1):
@@ -195,20 +223,52 @@ def _table(metadata: Mapping[str, Value]) -> PieceTable | None:
     )
 
 
-def _trainer(metadata: Mapping[str, Value], table: PieceTable) -> bytes:
+def _special_ids(metadata: Mapping[str, Value], table: PieceTable) -> dict[str, int]:
+    """{"bos": its id, ...} by the keys of a GGUF, or by the names of Gemma's pieces."""
+    ids: dict[str, int] = {}
+    for name, text in _PIECES_OF_IDS.items():
+        given = metadata.get(f"{_KEY}{name}_token_id")
+        if name == "unknown" and unknown_id(table) is not None:
+            given = unknown_id(table)
+        elif given is None and text in table.texts:
+            given = table.texts.index(text)
+        if type(given) is int and 0 <= given < len(table.texts):
+            ids[name] = given
+    return ids
+
+
+def _model_types(table: PieceTable, ids: Mapping[str, int]) -> list[int]:
+    """The types that the pieces have in Gemma's tokenizer.model.
+
+    llama.cpp's converter writes user-defined pieces as normal ones, except those that the model's
+    tokenizer_config.json lists: these get a score of their own, and those that look special the
+    type of control pieces, "<unk>" included. A control piece cannot be spelled by a text, and a
+    normal one is made by merges, so that a model file with these types would read
+    "<start_of_turn>" as a few letters.
+    """
+    types, scores = np.array(table.types), np.asarray(table.scores)
+    for i in np.flatnonzero((types == _CONTROL) & (scores == _ADDED_SCORE)).tolist():
+        if i not in ids.values():
+            types[i] = _USER_DEFINED
+    for i in np.flatnonzero((types == _NORMAL) & (scores == 0)).tolist():
+        if _MARK.fullmatch(table.texts[i]):
+            types[i] = _USER_DEFINED
+    if "unknown" in ids and _UNKNOWN not in types:
+        types[ids["unknown"]] = _UNKNOWN
+    found: list[int] = types.tolist()
+    return found
+
+
+def _trainer(texts: Sequence[bytes], types: Sequence[int], ids: Mapping[str, int]) -> bytes:
     """The TrainerSpec: what sentencepiece needs of it to encode."""
     spec = _integer(_MODEL_TYPE, _BPE)
-    if _BYTE in table.types:
+    if _BYTE in types:
         spec += _integer(_BYTE_FALLBACK, 1)
     for name, (id_field, text_field) in _IDS.items():
-        given = metadata.get(f"{_KEY}{name}_token_id")
-        if name == "unknown" and given is None:
-            given = unknown_id(table)
         wanted = _UNKNOWN if name == "unknown" else _CONTROL
         # sentencepiece finds such a piece by its text, and takes it only if its type is right.
-        known = type(given) is int and 0 <= given < len(table.texts)
-        if known and table.types[given] == wanted:  # type: ignore[index]
-            spec += _integer(id_field, given) + _bytes(text_field, table.texts[given])  # type: ignore[arg-type,index]
+        if name in ids and types[ids[name]] == wanted:
+            spec += _integer(id_field, ids[name]) + _bytes(text_field, texts[ids[name]])
         elif name != "unknown":
             spec += _integer(id_field, 2**64 - 1)  # -1: there is none
     return spec

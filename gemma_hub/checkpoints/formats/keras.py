@@ -2,16 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gemma_hub.checkpoints.folder import listing
-from gemma_hub.checkpoints.formats.hdf5_file import (
-    Hdf5Tensor,
-    Hdf5Weights,
-    read_hdf5,
-    write_hdf5,
-)
+from gemma_hub.checkpoints.formats.hdf5_file import Hdf5File, Hdf5Weights, write_hdf5
 from gemma_hub.checkpoints.formats.interface import Opened, Progress, WriteOptions
 from gemma_hub.checkpoints.formats.keras_config import (
     config_objections,
@@ -25,7 +21,7 @@ from gemma_hub.checkpoints.formats.table import layout
 from gemma_hub.checkpoints.output import copy_file, sync_folder, write_json
 from gemma_hub.checkpoints.writer import split_into_shards
 from gemma_hub.config import GemmaConfig, read_json_object
-from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, first_ten
 from gemma_hub.parameters import DTYPES, Weights
 
 SINGLE_FILE = "model.weights.h5"
@@ -33,8 +29,7 @@ INDEX_FILE = "model.weights.json"
 MAX_SHARD_BYTES = 10 * 1024**3
 """keras-hub's own default."""
 _TASK_WEIGHTS = "task.weights.h5"
-_SHARD = re.compile(r"model_\d+\.weights\.h5")
-_PLAIN_NAME = re.compile(r"[^/\\:\0]+\.weights\.h5")
+_SHARD = re.compile(r"model_\d{5,9}\.weights\.h5")
 _VOCABULARY = "assets/tokenizer/vocabulary.spm"
 # Keras has a tokenizer.json of its own, so the Hugging Face files go where Keras does not look.
 _OTHER_FILES = "assets/huggingface"
@@ -60,7 +55,6 @@ class KerasPreset:
     def open(self, path: Path, config: GemmaConfig | None = None) -> Opened:
         """Open a preset; a preset says all of itself but positions and ids."""
         folder = _folder(path)
-        needed("h5py", "keras")
         task, notes = "causal_lm", tuple[str, ...]()
         if config is None:
             config, task, notes = read_config(folder)
@@ -70,7 +64,7 @@ class KerasPreset:
                 "not have. Remove that file if the model without that head is wanted."
             )
         weights, dropped = canonical_weights(
-            str(folder), _stored(folder, config), layout(self.name), config, task
+            str(folder), Hdf5Weights(_weight_files(folder)), layout(self.name), config, task
         )
         return Opened(
             path=folder,
@@ -109,7 +103,7 @@ class KerasPreset:
     ) -> None:
         """Write a preset that keras-hub's `from_preset` loads; see `CheckpointFormat`."""
         stored = self.tensors(opened, options)
-        needed("h5py", "keras")
+        needed("h5py", "keras")  # before anything is written
         dtype = _widest({stored.dtype(name) for name in stored.names()})
         contents = preset_files(
             opened.config, opened.task, dtype, has_tokenizer=_TOKENIZER in opened.files
@@ -117,7 +111,8 @@ class KerasPreset:
         for name, content in contents.items():
             write_json(folder / name, content)
         _write_companions(folder, opened.files)
-        _write_weights(folder, stored, options.max_shard_bytes or MAX_SHARD_BYTES, progress)
+        size = options.max_shard_bytes
+        _write_weights(folder, stored, MAX_SHARD_BYTES if size is None else size, progress)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -134,31 +129,36 @@ def _folder(path: Path) -> Path:
     raise CheckpointNotFoundError(f"There is no Keras preset at {path}.")
 
 
-def _stored(folder: Path, config: GemmaConfig) -> Hdf5Weights:
-    """The variables of all weight files, each in the file that the index says."""
-    most = 1000 + 100 * config.num_hidden_layers  # Keras has about 40 a layer
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    shards = sorted(entry.name for entry in folder.iterdir() if _SHARD.fullmatch(entry.name))
-    if single.is_file() and (index.is_file() or shards):
-        other = INDEX_FILE if index.is_file() else shards[0]
-        raise CheckpointError(
-            f"{folder} has both {SINGLE_FILE} and {other}. Remove the one that is left over from "
-            "another save."
-        )
-    if single.is_file():
-        return Hdf5Weights(read_hdf5(single, most))
-    if not index.is_file():
+def _weight_files(folder: Path) -> list[Hdf5File]:
+    """The weights' files of a folder, all of which fit the index if there is one.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not what the index says.
+    """
+    present = sorted(entry.name for entry in folder.iterdir())
+    shards = [name for name in present if _SHARD.fullmatch(name)]
+    if SINGLE_FILE in present:
+        if others := [name for name in present if name == INDEX_FILE or name in shards]:
+            raise CheckpointError(
+                f"{folder} has both {SINGLE_FILE} and {first_ten(others)}. Remove what is left "
+                "over from another save."
+            )
+        return [Hdf5File(folder / SINGLE_FILE)]
+    if INDEX_FILE not in present:
         raise CheckpointNotFoundError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}. Get the weights too."
         )
+    index = folder / INDEX_FILE
     places = _read_index(index)
-    files = {file for listed in places.values() for file in listed}
+    named = {file for files in places.values() for file in files}
     problems = {
-        "Missing": [name for name in files if not (folder / name).is_file()],
-        "There, and not in the index": [name for name in shards if name not in files],
+        "Missing": sorted(named.difference(present)),
+        "There, and not in the index": [name for name in shards if name not in named],
     }
     _check_index(index, problems)
-    return _joined(index, places, {f: read_hdf5(folder / f, most) for f in sorted(files)})
+    files = [Hdf5File(folder / name) for name in sorted(named)]
+    _check_index(index, _misplaced(places, files))
+    return files
 
 
 def _read_index(path: Path) -> dict[str, tuple[str, ...]]:
@@ -169,39 +169,31 @@ def _read_index(path: Path) -> dict[str, tuple[str, ...]]:
     places: dict[str, tuple[str, ...]] = {}
     for name, files in stated.items():
         listed = files if isinstance(files, list) else [files]
-        if not listed or not all(isinstance(f, str) and _PLAIN_NAME.fullmatch(f) for f in listed):
+        if not listed or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in listed):
             raise CheckpointError(
-                f"{path} says that {name} is in {files!r}; expected the plain name of a "
-                "*.weights.h5 file in the same folder. Nothing outside the folder is opened."
+                f"{path} says that {name} is in {files!r}; expected a name such as "
+                "'model_00000.weights.h5'. Nothing else is opened."
             )
         places[name.removeprefix("/")] = tuple(listed)
     return places
 
 
-def _joined(
-    index: Path,
-    places: Mapping[str, tuple[str, ...]],
-    files: Mapping[str, Mapping[str, Hdf5Tensor]],
-) -> Hdf5Weights:
-    tensors: dict[str, Hdf5Tensor] = {}
-    twice: list[str] = []
-    elsewhere: list[str] = []
-    for file, held in files.items():
-        for name, tensor in held.items():
-            group = name.rpartition("/")[0]
-            if file not in places.get(group, ()):
-                elsewhere.append(f"{name} (in {file})")
-            if name in tensors:
-                twice.append(name)
-            tensors[name] = tensor
-    groups = {name.rpartition("/")[0] for name in tensors}
-    problems = {
-        "In no file": [name for name in places if name not in groups],
-        "In a file that the index does not name for it": elsewhere,
-        "In more than one file": twice,
+def _misplaced(
+    places: Mapping[str, tuple[str, ...]], files: Sequence[Hdf5File]
+) -> dict[str, list[str]]:
+    """What is wrong with where the datasets are."""
+    found = [(name, file.path.name) for file in files for name in file.tensors]
+    groups = {name.rpartition("/")[0] for name, _ in found}
+    counts = Counter(name for name, _ in found)
+    return {
+        "In no file": [group for group in places if group not in groups],
+        "Not where the index says": [
+            f"{name} (in {file})"
+            for name, file in found
+            if file not in places.get(name.rpartition("/")[0], ())
+        ],
+        "In more than one file": [name for name, count in counts.items() if count > 1],
     }
-    _check_index(index, problems)
-    return Hdf5Weights(tensors)
 
 
 def _check_index(index: Path, problems: Mapping[str, list[str]]) -> None:

@@ -38,6 +38,7 @@ _OTHERS = (
 _KNOWN = {*_SIZES, _FEED_FORWARD, *_GEMMA_2, *_OTHERS}
 _OURS = "gemma_hub"  # the key of metadata.json
 _SEQUENCE_LENGTH = 1024  # keras-hub's default
+_MAX_LAYERS = 200  # so that a file stays below what `hdf5_file` takes in one
 
 
 # -- what cannot be written ------------------------------------------------------------------------
@@ -74,6 +75,9 @@ def config_objections(config: GemmaConfig, task: str) -> tuple[str, ...]:
         ),
         f"attention_dropout is {c.attention_dropout:g}; keras-hub's dropout also drops from the "
         "attention's output, so training would differ. Set it to 0.": c.attention_dropout != 0,
+        f"There are {c.num_hidden_layers} layers; at most {_MAX_LAYERS} are read and written.": (
+            c.num_hidden_layers > _MAX_LAYERS
+        ),
     }
     return tuple(sentence for sentence, applies in checks.items() if applies)
 
@@ -111,6 +115,10 @@ def _read_config(folder: Path, path: Path) -> tuple[GemmaConfig, str, tuple[str,
     values = {field: arguments[key] for key, field in _SIZES.items()}
     values["intermediate_size"] = arguments[_FEED_FORWARD] // 2
     config = GemmaConfig(**values, dtype=_weight_dtype(path, arguments.get("dtype")))
+    if config.num_hidden_layers > _MAX_LAYERS:
+        raise CheckpointError(
+            f"{path} has {config.num_hidden_layers} layers, expected at most {_MAX_LAYERS}."
+        )
     notes = _dropout_note(arguments)
     ours = _read_ours(folder / "metadata.json", config)
     if ours is not None:
@@ -147,6 +155,9 @@ def _check_arguments(path: Path, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_constants(path: Path, arguments: Mapping[str, Any]) -> None:
+    rate = arguments.get("dropout", 0)
+    if type(rate) not in (int, float) or not 0 <= rate < 1:
+        raise CheckpointError(f"{path} has the dropout {rate!r}; expected a number from 0 to 1.")
     epsilon = arguments.get("layer_norm_epsilon", _EPSILON)
     if epsilon != _EPSILON:
         raise CheckpointError(
@@ -212,24 +223,25 @@ def _read_ours(path: Path, stated: GemmaConfig) -> tuple[GemmaConfig, str] | Non
     try:
         raw = ours["config"]
         config = GemmaConfig.from_dict(raw)
-        task = next(t for t in TASKS if raw.get("architectures") == [ARCHITECTURES[t]])
-    except (ConfigError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        tasks = [t for t in TASKS if raw.get("architectures") == [ARCHITECTURES[t]]]
+        if not tasks:
+            raise ConfigError(f"the architectures are {raw.get('architectures')!r}")
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} has no config under {_OURS!r} that can be read ({error}). Remove that key, "
             "and what it states is assumed."
         ) from error
-    same = [*_SIZES.values(), "intermediate_size"]
-    wrong = [f"{f} is {getattr(config, f)} there" for f in same if _differ(config, stated, f)]
-    if wrong := [*wrong, *config_objections(config, task)]:
+    wrong = [
+        f"{field} is {getattr(config, field)} there."
+        for field in (*_SIZES.values(), "intermediate_size")
+        if getattr(config, field) != getattr(stated, field)
+    ]
+    if wrong := [*wrong, *config_objections(config, tasks[0])]:
         raise CheckpointError(
             f"{path} has a config under {_OURS!r} that does not fit config.json: "
             f"{' '.join(wrong)} Remove that key, and what it states is assumed."
         )
-    return config, task
-
-
-def _differ(one: GemmaConfig, other: GemmaConfig, field: str) -> bool:
-    return bool(getattr(one, field) != getattr(other, field))
+    return config, tasks[0]
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -257,28 +269,45 @@ def preset_files(
         **dict.fromkeys(_GEMMA_2[2:4]),
         _GEMMA_2[4]: False,
     }
+    backbone = _serialized("gemma_backbone", "GemmaBackbone", dtype, arguments)
     files = {
-        "config.json": _serialized("gemma_backbone", "GemmaBackbone", dtype, arguments),
+        "config.json": backbone,
         "metadata.json": {
             "parameter_count": number_of_parameters(config, task),
             "tasks": ["CausalLM"],
             _OURS: {"config": config.to_dict(task)},
         },
     }
+    preprocessor = None
     if has_tokenizer:
-        tokenizer = _serialized("gemma_tokenizer", "GemmaTokenizer", "int32", _TOKENIZER)
-        files["tokenizer.json"] = tokenizer
-        preprocessor = {
-            "tokenizer": tokenizer,
-            "config_file": "preprocessor.json",
-            "sequence_length": min(_SEQUENCE_LENGTH, config.max_position_embeddings),
-            "add_start_token": True,
-            "add_end_token": True,
+        preprocessor = _preprocessor(config)
+        files["preprocessor.json"] = preprocessor
+        files["tokenizer.json"] = preprocessor["config"]["tokenizer"]
+    if task == "causal_lm":
+        files["task.json"] = {
+            "module": "keras_hub.src.models.gemma.gemma_causal_lm",
+            "class_name": "GemmaCausalLM",
+            "config": {
+                "backbone": backbone,
+                "preprocessor": preprocessor,
+                "name": "gemma_causal_lm",
+            },
+            "registered_name": "keras_hub>GemmaCausalLM",
         }
-        files["preprocessor.json"] = _serialized(
-            "gemma_causal_lm_preprocessor", "GemmaCausalLMPreprocessor", "float32", preprocessor
-        )
     return files
+
+
+def _preprocessor(config: GemmaConfig) -> dict[str, Any]:
+    arguments = {
+        "tokenizer": _serialized("gemma_tokenizer", "GemmaTokenizer", "int32", _TOKENIZER),
+        "config_file": "preprocessor.json",
+        "sequence_length": min(_SEQUENCE_LENGTH, config.max_position_embeddings),
+        "add_start_token": True,
+        "add_end_token": True,
+    }
+    return _serialized(
+        "gemma_causal_lm_preprocessor", "GemmaCausalLMPreprocessor", "float32", arguments
+    )
 
 
 _TOKENIZER = {

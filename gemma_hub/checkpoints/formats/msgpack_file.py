@@ -23,7 +23,7 @@ MAX_CHUNK_BYTES = 1 << 30
 """Size above which an array is written in chunks, as flax does."""
 
 # No Gemma comes near these; the limits keep a damaged file from taking the time or the memory.
-_MAX_VALUES = 100_000
+_MAX_VALUES = 10_000
 _MAX_DEPTH = 32
 _MAX_PATH = 512
 _MAX_DIMENSIONS = 32

@@ -4,9 +4,12 @@ Not a test: it needs keras-hub, which the tests do without. In an environment of
 
     pip install keras==3.15.1 keras-hub==0.32.0 h5py jax
     python tests/checkpoints/formats/record_keras.py           # writes keras_hub/ beside this file
-    python tests/checkpoints/formats/record_keras.py PRESET    # prints logits of another preset
+    python tests/checkpoints/formats/record_keras.py PRESET    # compares another preset
 
-The second form loads a preset that gemma_hub wrote, and compares it with the recorded logits.
+The second form loads a preset that gemma_hub wrote from the recorded ones, whole or in shards, in
+every way that keras-hub has, and compares its variables and logits. To make such presets:
+
+    gemma-hub convert tests/checkpoints/formats/keras_hub/float32 PRESET --to keras
 """
 
 import io
@@ -76,12 +79,29 @@ def record() -> None:
 
 
 def compare(preset: str) -> None:
-    lm = keras_hub.models.GemmaCausalLM.from_preset(preset, dtype="float32")
-    expected = np.load(FOLDER / "expected.npz")["logits"]
-    found = logits(lm)
-    print(f"largest logit {np.abs(expected).max():.4g}, "  # noqa: T201
-          f"largest difference {np.abs(found - expected).max():.3g}")  # fmt: skip
-    print(lm.generate("the quick", max_length=12))  # noqa: T201
+    expected = dict(np.load(FOLDER / "expected.npz"))
+    has_tokenizer = (Path(preset) / "tokenizer.json").is_file()
+    has_task = (Path(preset) / "task.json").is_file()
+    for kind in (keras_hub.models.GemmaCausalLM, keras_hub.models.CausalLM):
+        # Without either file keras-hub itself has to be told that there is no preprocessor.
+        more = {} if has_tokenizer or has_task else {"preprocessor": None}
+        lm = kind.from_preset(preset, dtype="float32", **more)
+        report(kind.__name__, lm, expected)
+    print("text:", lm.generate("the quick", max_length=12) if has_tokenizer else None)  # noqa: T201
+    backbone = keras_hub.models.GemmaBackbone.from_preset(preset, dtype="float32")
+    lm = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    report("GemmaBackbone", lm, expected)
+
+
+def report(name: str, lm: keras_hub.models.GemmaCausalLM, expected: dict[str, np.ndarray]) -> None:
+    found = {"logits": logits(lm), **variables(lm)}
+    missing = expected.keys() - found.keys() - {"ids"}
+    assert not missing, missing
+    differences = {key: float(np.abs(found[key] - expected[key]).max()) for key in found}
+    print(  # noqa: T201
+        f"{name}: largest logit {np.abs(expected['logits']).max():.4g}, largest difference "
+        f"{differences.pop('logits'):.3g}; of the variables {max(differences.values()):.3g}"
+    )
 
 
 if __name__ == "__main__":
