@@ -134,7 +134,8 @@ class Gemma:
 
         Args:
             source: a checkpoint of any format that `gemma-hub formats` lists, a folder or a file;
-                or the name of an installed checkpoint ("tiny").
+                the name of an installed checkpoint ("tiny"); or a repository of the Hugging Face
+                hub, "owner/name" or "owner/name@revision", which is fetched into the hub's cache.
             backend: its name, or "distribution:name"; None for the one that GEMMA_HUB_BACKEND
                 names, else as `PluginRegistry.load` chooses.
             task: what to load it for: "causal_lm", "base", "sequence_classification" or

@@ -1,5 +1,6 @@
 """huggingface_hub, pointed at a local stand-in of the hub, with a cache for each test."""
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -12,7 +13,7 @@ from gemma_hub.checkpoints import open_checkpoint, save_checkpoint
 from gemma_hub.config import GemmaConfig
 from gemma_hub.parameters import DTYPES, ArrayWeights, parameter_shapes
 
-pytest.importorskip("huggingface_hub", reason="the core's tests pass without it")
+REASON = "the core's tests pass without it"
 TIMEOUT = 10  # seconds
 
 
@@ -47,9 +48,8 @@ def hub(stand_in, cache, tmp_path, monkeypatch):
     That package reads its environment when it is imported, which may have been long ago, so its
     constants are changed instead. Processes of their own get the `environment`.
     """
-    import huggingface_hub
-    from huggingface_hub import constants
-
+    huggingface_hub = pytest.importorskip("huggingface_hub", reason=REASON)
+    constants = importlib.import_module("huggingface_hub.constants")
     changes = {
         "ENDPOINT": stand_in.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": stand_in.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -78,6 +78,7 @@ def hub(stand_in, cache, tmp_path, monkeypatch):
 @pytest.fixture
 def environment(stand_in, cache):
     """What points a process of its own at the stand-in."""
+    pytest.importorskip("huggingface_hub", reason=REASON)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return kept | {
         "HF_ENDPOINT": stand_in.url,

@@ -95,7 +95,9 @@ def test_an_index_that_names_what_is_elsewhere(hub, shards, place):
     index = json.loads(shards[INDEX])
     index["weight_map"]["model.norm.weight"] = place
     files = {**shards, INDEX: json.dumps(index).encode()}
-    message = refused(hub, files, error=CheckpointError)
+    # The list of files has it too, so that it is refused for what it is.
+    listing = {"siblings": [{"rfilename": name} for name in [*files, place] if type(name) is str]}
+    message = refused(hub, files, error=CheckpointError, listing=listing)
     assert INDEX in message
     assert "No weights were fetched" in message
 

@@ -133,3 +133,7 @@ def test_scalars_and_small_arrays(tmp_path):
         list(msgpack_file.write_msgpack(out, weights, list(tree)))
     restored = flax.serialization.msgpack_restore((tmp_path / "y.msgpack").read_bytes())
     assert_same_trees(restored, {name: np.asarray(array) for name, array in tree.items()})
+
+
+def test_arrays_are_chunked_from_the_same_size_on():
+    assert flax.serialization.MAX_CHUNK_SIZE == msgpack_file.MAX_CHUNK_BYTES

@@ -49,17 +49,24 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         OSError: a folder cannot be read.
     """
-    found = _marked(path, 2)
+    if _is_marked(path):
+        return [path]
+    entries = _some_entries(path)
+    if any(entry.suffix in _OTHER_WEIGHTS for entry in entries):
+        return []
+    found = [folder for entry in _folders(entries) for folder in _marked(entry)]
     return found or ([path] if _has_array(path, _DEEPEST) else [])
 
 
-def _marked(path: Path, depth: int) -> list[Path]:
-    if (path / TREE).is_file() or (path / MANIFEST).is_file():
+def _marked(path: Path) -> list[Path]:
+    """The folder itself if it says that it has a tree, else those of its folders that do."""
+    if _is_marked(path):
         return [path]
-    entries = _some_entries(path)
-    if depth == 0 or any(entry.suffix in _OTHER_WEIGHTS for entry in entries):
-        return []
-    return [found for entry in _folders(entries) for found in _marked(entry, depth - 1)]
+    return [entry for entry in _folders(_some_entries(path)) if _is_marked(entry)]
+
+
+def _is_marked(path: Path) -> bool:
+    return (path / TREE).is_file() or (path / MANIFEST).is_file()
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -199,7 +206,7 @@ def write_arrays(
         shape, dtype = weights.shape(name), weights.dtype(name)
         _write_json(place / ".zarray", _zarray(shape, dtype))
         yield from _write_values(place / ".".join("0" * len(shape)), weights, name)
-    _write_json(folder / TREE, _tree(weights, keys))
+    _write_json(folder / TREE, _tree(keys.values()))
     for place in made:
         sync_folder(place)
 
@@ -232,18 +239,14 @@ def _zarray(shape: Shape, dtype: str) -> dict[str, Any]:
     }
 
 
-def _tree(weights: Weights, keys: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _tree(keys: Iterable[tuple[str, ...]]) -> dict[str, Any]:
     """The content of _METADATA. Arrays of NumPy: Orbax restores them on any device, or on none."""
     leaves = {
         str(path): {
             "key_metadata": [{"key": key, "key_type": _KEYS_OF_DICTIONARIES} for key in path],
-            "value_metadata": {
-                "value_type": "np.ndarray",
-                "skip_deserialize": False,
-                "write_shape": list(weights.shape(name)),
-            },
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
         }
-        for name, path in keys.items()
+        for path in keys
     }
     return {
         "tree_metadata": leaves,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 # No Gemma comes near these; the limits keep a damaged file from taking the time or the memory.
 _MAX_INSTRUCTIONS = 200_000
-_MAX_CALLS = 30_000
+_MAX_CALLS = 20_000
 _MAX_GLOBAL = 256  # bytes of the name of a global
 _PROTOCOL = 2
 

@@ -11,6 +11,7 @@ decodes a chunk to the size that the array's metadata gives and no further.
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class ZarrFolder:
         self.path = path
         self.files = list_files(path)
         self._total = sum(self.files.values())
-        self._database = _Database(path) if MANIFEST in self.files else None
-        keys = self._database.entries if self._database else self.files
+        self._entries = (
+            list_database(path, tuple(METADATA_FILES)) if MANIFEST in self.files else None
+        )
+        keys = self.files if self._entries is None else self._entries
         self.versions = _versions(path, keys)
         self._under: dict[str, set[str]] = {name: set() for name in self.versions}
         for key in keys:
@@ -72,8 +75,8 @@ class ZarrFolder:
             CheckpointError: it is damaged, or not as Orbax writes it.
         """
         key = self._metadata_key(name)
-        if self._database:
-            content = (self._database.entries[key] or "").encode()
+        if self._entries is not None:
+            content = (self._entries[key] or "").encode()
         elif self.files[key] > MAX_METADATA_BYTES:
             content = b" " * (MAX_METADATA_BYTES + 1)  # refused like any that is too long
         else:
@@ -104,11 +107,11 @@ class ZarrFolder:
                 f"{array.name} has no place for. It is left over from another save."
             )
         largest = 2 * array.chunk_nbytes + _OVERHEAD
-        if self._database:
-            self._database.check_ends(expected, largest)
         for key in expected:
-            size = min(self._total, largest) if self._database else self.files[key]
+            size = self.files[key] if self._entries is None else min(self._total, largest)
             self._check_size(array, key, size, largest)
+        if self._entries is not None:
+            self._check_ends(expected, largest)
 
     def read(self, array: ZarrArray, index: Index = None) -> np.ndarray:
         """An array, or the part of it that `index` selects; only chunks that have some of it.
@@ -118,7 +121,7 @@ class ZarrFolder:
         Raises:
             CheckpointError: a chunk is damaged.
         """
-        if array.is_raw and array.number_of_chunks == 1 and not self._database:
+        if array.is_raw and array.number_of_chunks == 1 and self._entries is None:
             whole = self._mapped(array)
             return np.asarray(whole if index is None else whole[index])
         opened = self._opened(array)
@@ -132,7 +135,7 @@ class ZarrFolder:
 
     def _check_size(self, array: ZarrArray, key: str, size: int, largest: int) -> None:
         nbytes = array.chunk_nbytes
-        if array.is_raw and not self._database and size != nbytes:
+        if array.is_raw and self._entries is None and size != nbytes:
             raise CheckpointError(
                 f"{self.path / key} has {size:,} bytes; {array.dtype} {array.chunks} has "
                 f"{nbytes:,}. Get the checkpoint again."
@@ -142,6 +145,23 @@ class ZarrFolder:
                 f"{self.path} says that {key} is {array.dtype} {array.chunks}, which cannot have "
                 f"{size:,} bytes. Get the checkpoint again."
             )
+
+    def _check_ends(self, keys: list[str], largest: int) -> None:
+        """Read the last byte of entries of the database, to find files that were cut short."""
+        where = self.path / MANIFEST
+        with _translated(where):
+            opening = needed("tensorstore", "orbax").KvStore.open
+            store = opening(self._kvstore(""), context=self._context).result()
+        ends = [store.read(key, byte_range=slice(-1, None)) for key in keys]
+        past = [store.read(key, byte_range=slice(largest, largest + 1)) for key in keys]
+        for key, end, byte in zip(keys, ends, past, strict=True):
+            with _translated(f"{key} in {where}"):
+                end.result()
+            if byte.exception() is None:
+                raise CheckpointError(
+                    f"{key} in {where} has more than {largest:,} bytes, too many for its array. "
+                    "Get the checkpoint again."
+                )
 
     def _mapped(self, array: ZarrArray) -> np.ndarray:
         path = self.path / array.key((0,) * len(array.shape))
@@ -153,24 +173,34 @@ class ZarrFolder:
             raise CheckpointError(f"{path} cannot be read ({error}).") from error
 
     def _opened(self, array: ZarrArray) -> Any:
-        path = f"{array.name}/"
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.path}/{path}"}
-        context = None
-        if self._database:
-            kvstore, context = {**self._database.spec, "path": path}, self._database.context
-        tensorstore = needed("tensorstore", "orbax")
         spec = {
             "driver": "zarr" if array.version == 2 else "zarr3",
-            "kvstore": kvstore,
+            "kvstore": self._kvstore(f"{array.name}/"),
             "fill_missing_data_reads": False,
         }
         with _translated(f"{array.name} in {self.path}"):
-            opened = tensorstore.open(
-                spec, open=True, read=True, context=context or _context()
-            ).result()
+            opening = needed("tensorstore", "orbax").open
+            opened = opening(spec, open=True, read=True, context=self._context).result()
         if tuple(opened.shape) != array.shape or opened.dtype.name != array.dtype:
             raise CheckpointError(f"{array.name} in {self.path} was changed while it was opened.")
         return opened
+
+    def _kvstore(self, path: str) -> dict[str, Any]:
+        """tensorstore's spec of what is under a path in the folder, or in its database."""
+        if self._entries is None:
+            return {"driver": "file", "path": f"{self.path}/{path}"}
+        return {**database_spec(str(self.path)), "path": path, "cache_pool": "cache_pool#nodes"}
+
+    @cached_property
+    def _context(self) -> Any:
+        """What tensorstore may use: it keeps no values, and has few chunks in memory at a time."""
+        limits = {
+            "cache_pool": {"total_bytes_limit": 0},
+            "cache_pool#nodes": {"total_bytes_limit": _NODES_BYTES},
+            "data_copy_concurrency": {"limit": 2},
+            "file_io_concurrency": {"limit": 4},
+        }
+        return needed("tensorstore", "orbax").Context(limits)
 
 
 class StoredArrays:
@@ -219,50 +249,6 @@ def _versions(folder: Path, keys: Iterable[str]) -> dict[str, int]:
     if len(versions) > _MOST_ARRAYS:
         raise CheckpointError(f"{folder} holds more than {_MOST_ARRAYS:,} arrays.")
     return versions
-
-
-# -- tensorstore -----------------------------------------------------------------------------------
-
-
-class _Database:
-    """The OCDBT database of a folder, listed: keys and values, whatever file they are in."""
-
-    def __init__(self, folder: Path) -> None:
-        self._where = folder / MANIFEST
-        self.entries = list_database(folder, tuple(METADATA_FILES))
-        self.context = _context()
-        self.spec = {**database_spec(str(folder)), "cache_pool": "cache_pool#nodes"}
-
-    def check_ends(self, keys: list[str], largest: int) -> None:
-        """Read the last byte of each value, so that files that were cut short are found.
-
-        Raises:
-            CheckpointError: a value is empty, its end is not there, or it is larger than that.
-        """
-        kvstore = needed("tensorstore", "orbax").KvStore
-        with _translated(self._where):
-            store = kvstore.open(self.spec, context=self.context).result()
-        ends = [store.read(key, byte_range=slice(-1, None)) for key in keys]
-        past = [store.read(key, byte_range=slice(largest, largest + 1)) for key in keys]
-        for key, end, byte in zip(keys, ends, past, strict=True):
-            with _translated(f"{key} in {self._where}"):
-                end.result()
-            if byte.exception() is None:
-                raise CheckpointError(
-                    f"{key} in {self._where} has more than {largest:,} bytes, too many for its "
-                    "array. Get the checkpoint again."
-                )
-
-
-def _context() -> Any:
-    """What tensorstore may use: it keeps no values, and has few chunks in memory at a time."""
-    limits = {
-        "cache_pool": {"total_bytes_limit": 0},
-        "cache_pool#nodes": {"total_bytes_limit": _NODES_BYTES},
-        "data_copy_concurrency": {"limit": 2},
-        "file_io_concurrency": {"limit": 4},
-    }
-    return needed("tensorstore", "orbax").Context(limits)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ zstd or gzip or not at all, and in version 3 perhaps sharded. Everything else is
 JSON of a checkpoint reaches the library that decodes the chunks without having been read here.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -60,9 +59,13 @@ class ZarrArray:
         return math.prod(self.chunks) * DTYPES[self.dtype].itemsize
 
     def keys(self) -> Iterator[str]:
-        """Of every chunk, in C order."""
-        for cell in itertools.product(*map(range, self._grid)):
-            yield self.key(cell)
+        """Of every chunk, in C order; one by one, as a grid can be said to be huge."""
+        for number in range(self.number_of_chunks):
+            cell: list[int] = []
+            for size in reversed(self._grid):
+                number, place = divmod(number, size)
+                cell.insert(0, place)
+            yield self.key(tuple(cell))
 
     def key(self, cell: Shape) -> str:
         """Of one chunk, by its place in the grid."""

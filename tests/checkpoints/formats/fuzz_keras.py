@@ -252,14 +252,14 @@ def main() -> int:
             seeds = range(seed, min(seed + BATCH, end))
             for outcome, seconds in in_a_process(presets, root, seeds):
                 if outcome.startswith("FAILED"):
-                    print(f"seed {seed}: {outcome}", flush=True)  # noqa: T201
+                    print(f"seed {seed}: {outcome}", flush=True)
                     outcome = "FAILED"
                 else:
                     slowest = max(slowest, seconds)
                 counts[outcome] += 1
                 seed += 1
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
-    print(  # noqa: T201
+    print(
         f"{arguments.runs} runs: {dict(sorted(counts.items()))}; slowest {slowest * 1000:.0f} ms, "
         f"most memory of a process {memory} MiB"
     )

@@ -26,10 +26,16 @@ from gemma_hub.parameters import ArrayWeights, parameter_shapes
 CODES = [0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, *range(0xC0, 0xE0), 0xE0, 0xFF, 0x00, 0x7F]
 WORDS = [
     *(bytes([code]) for code in CODES), b"\xa7float32", b"\xa8bfloat16", b"\xa7float64",
-    b"\xa6object", b"\xa4int8", b"\xa2V2", b"\xa5model", b"\xa6layers", b"\xa1" + b"0", b"\xa1" + b"1",
+    b"\xa6object", b"\xa4int8", b"\xa2V2", b"\xa5model", b"\xa6layers", b"\xa10", b"\xa11",
     b"\xb9__msgpack_chunked_array__", b"\xa5shape", b"\xa6chunks", b"\xa6k_proj", b"\xa6v_proj",
 ]  # fmt: skip
-BOMBS = (b"\x81\xa1a", b"\x91", b"\xdf\xff\xff\xff\xff", b"\xc7\x00\x01", b"\xc9\xff\xff\xff\xff\x01")
+BOMBS = (
+    b"\x81\xa1a",
+    b"\x91",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xc7\x00\x01",
+    b"\xc9\xff\xff\xff\xff\x01",
+)
 
 
 def source() -> Opened:

@@ -1,7 +1,8 @@
-"""Flax checkpoints: there and back bit for bit, what is refused, and hostile files. No flax here."""
+"""Flax checkpoints: there and back bit for bit, what is refused, hostile files; without flax."""
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -277,7 +278,7 @@ def test_many_entries_are_refused_in_time(tmp_path):
     small = packed(np.zeros(0, np.float16))
     path = file_of({f"{i:x}": small for i in range(300_000)}, tmp_path / "x.msgpack")
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="more than 100,000 values"):
+    with pytest.raises(CheckpointError, match="more than 10,000 values"):
         MsgpackFile(path)
     assert time.perf_counter() - start < 1
 
@@ -313,7 +314,9 @@ INDEXES = {
     "in 'x.bin'": lambda places: places.update({NORM: "x.bin"}),
     r"Missing \(1\): x.msgpack": lambda places: places.update({NORM: "x.msgpack"}),
     "In no file": lambda places: places.update({"model/x": places[NORM]}),
-    "Not where the index says": lambda places: places.pop(NORM),
+    r"Not in the index \(1\)": lambda places: places.pop(NORM),
+    "In another file": lambda places: places.update({NORM: places["model/embed_tokens/embedding"]}),
+    r"Missing \(1\): mmm": lambda places: places.update({NORM: f"{'m' * 999}.msgpack"}),
     "no weight_map": lambda places: places.clear(),
 }
 
@@ -338,8 +341,40 @@ def test_a_shard_is_missing_or_left_over(sharded):
         FLAX.open(sharded)
     shard.write_bytes(content)
     (sharded / INDEX).unlink()
-    with pytest.raises(CheckpointError, match="expected flax_model.msgpack alone"):
+    with pytest.raises(CheckpointError, match=r"holds shards .* and no flax_model\.msgpack\.index"):
         FLAX.open(sharded)
+
+
+def test_an_array_in_two_shards_is_refused(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    table = msgpack.unpackb((sharded / last).read_bytes(), strict_map_key=False)
+    table["model"] |= msgpack.unpackb((sharded / first).read_bytes())["model"]
+    (sharded / last).unlink()
+    file_of(table, sharded / last)
+    with pytest.raises(CheckpointError, match=r"In more than one file \(1\): model/embed_tokens"):
+        FLAX.open(sharded)
+
+
+def test_pipes_are_not_waited_for(make_opened, tmp_path):
+    folder = written(make_opened(), tmp_path / "flax")
+    (folder / "flax_model.msgpack").unlink()
+    os.mkfifo(folder / "flax_model.msgpack")
+    assert not FLAX.detect(folder)
+    with pytest.raises(CheckpointError, match="is not a file"):
+        FLAX.open(folder)
+
+
+def test_a_config_of_far_too_many_layers(make_opened, tmp_path):
+    opened = make_opened()
+    folder = written(opened, tmp_path / "flax")
+    config = dataclasses.replace(opened.config, num_hidden_layers=10_000)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=r"29 arrays, and its config 10,000 layers"):
+        FLAX.open(folder)
+    assert time.perf_counter() - start < 1
+    assert "10000 layers" in FLAX.objections(config, "base", PLAIN)[0]
 
 
 def test_links_into_a_cache_are_read(make_opened, sharded, assert_same):

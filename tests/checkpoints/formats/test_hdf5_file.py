@@ -434,6 +434,19 @@ def other_data(content):
     return content
 
 
+def half_of_other_data(content):
+    one, other = layouts(content)[1:3]
+    start = int.from_bytes(content[other + 10 : other + 18], "little") + 8
+    content[one + 10 : one + 18] = word(start)
+    return content
+
+
+def short_layout(content):
+    at = layouts(content)[0]
+    content[at + 2 : at + 4] = b"\x08\0"
+    return content
+
+
 def nowhere(content):
     at = layouts(content)[0]
     content[at + 10 : at + 18] = NOWHERE
@@ -449,7 +462,9 @@ DAMAGES = {
     "header of the root group and the header of the root group share": continued_by_itself,
     "names a driver": driver,
     "and has 24 bytes": huge_shape,
+    "g/./? and g/./? share bytes": half_of_other_data,
     "share bytes": other_data,
+    "ends before a number": short_layout,
     "has no values": nowhere,
 }
 

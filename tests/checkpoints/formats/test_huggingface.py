@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from gemma_hub.config import ARCHITECTURES
 from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
 from gemma_hub.parameters import ArrayWeights, parameter_shapes
 
+FUZZ = Path(__file__).with_name("fuzz_safetensors.py")
 FORMAT = HuggingFace()
 PLAIN = WriteOptions()
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -198,3 +203,19 @@ def test_there_are_no_padded_rows(make_opened, tmp_path):
     with pytest.raises(CheckpointError, match=r"50 entries.*pad_vocab_to is 64"):
         written(opened, tmp_path / "x", WriteOptions(pad_vocab_to=64))
     assert not list((tmp_path / "x").iterdir())
+
+
+def test_pipes_are_not_waited_for(make_opened, tmp_path):
+    folder = written(make_opened(), tmp_path / "x")
+    (folder / SINGLE).unlink()
+    os.mkfifo(folder / SINGLE)
+    assert not FORMAT.detect(folder)
+    with pytest.raises(CheckpointError, match="is not a file"):
+        FORMAT.open(folder)
+
+
+def test_a_short_fuzz():
+    command = [sys.executable, str(FUZZ), "--runs", "1500"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "index: bytes" in done.stdout

@@ -142,6 +142,17 @@ def test_every_type(name, tmp_path):
     assert file.read("a").tobytes() == array.tobytes()
 
 
+def test_a_stride_that_is_never_stepped_may_be_anything(tmp_path):
+    stored = storage(kind="torch.DoubleStorage", count=3)
+    shapes = {(3, 1): (1, 2**60), (0, 5): (2**60, 1), (1, 3): (2**60, 1)}
+    data = {f"{i}": tensor(stored, 0, *item) for i, item in enumerate(shapes.items())}
+    file = opened(archive(table(**data), data__0=np.arange(3.0).tobytes()), tmp_path)
+    for i, shape in enumerate(shapes):
+        found = file.read(str(i))
+        assert found.shape == shape
+        assert found.tobytes() == np.arange(3.0)[: found.size].tobytes()
+
+
 def test_tables_in_tables_and_what_is_no_tensor(tmp_path):
     values = {"n": 3, "x": 1.5, "t": "text", "none": None, "yes": True, "big": 1 << 70, 7: ()}
     metadata = named("collections.OrderedDict") + b")R" + plain({"_metadata": {"": 1}}) + b"b"
@@ -206,8 +217,13 @@ def test_what_is_written(large, wrapper, tmp_path, monkeypatch):
     with zipfile.ZipFile(path) as other:
         assert other.testzip() is None  # every checksum
         assert {info.compress_type for info in other.infolist()} == {zipfile.ZIP_STORED}
-        sizes = {info.filename: info.file_size for info in other.infolist()}
-        assert sizes["archive/data/5"] == 2400
+        records = {info.filename: info for info in other.infolist()}
+    assert records["archive/data/5"].file_size == 2400
+    for info in records.values():  # the numbers in a record's own header, too
+        start = info.header_offset + 30 + len(info.filename)
+        numbers = struct.pack("<2H2Q", 1, 16, info.file_size, info.file_size)
+        is_large = info.file_size >= large
+        assert (path.read_bytes()[start : start + 20] == numbers) == is_large, info.filename
     file = TorchFile(path)
     start = f"{wrapper}/" if wrapper else ""
     assert list(file.tensors) == [start + name for name in arrays()]
@@ -326,10 +342,10 @@ PICKLES = [
 @pytest.mark.parametrize(("reason", "data"), PICKLES, ids=[reason for reason, _ in PICKLES])
 def test_hostile_pickles(reason, data, tmp_path):
     content = archive(data_pkl=data)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin is not a complete.*{reason}"):
         opened(content, tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 CODE = [
@@ -366,20 +382,20 @@ def test_what_pickle_itself_would_run(tmp_path):
 def test_as_many_tensors_as_are_written_are_read_in_time(tmp_path):
     items = b"".join(plain(f"{i:x}") + tensor() for i in range(MAX_TENSORS))
     content = archive(b"}(" + items + b"u")
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(opened(content, tmp_path).tensors) == MAX_TENSORS
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_one_tensor_made_again_and_again_is_refused_in_time(tmp_path):
     rebuild = named("torch._utils._rebuild_tensor_v2")
     arguments = tensor().removeprefix(rebuild).removesuffix(b"R")
-    made = rebuild + b"q\7" + arguments + b"q\x08R" + b"h\7h\x08R" * 30_000
+    made = rebuild + b"q\7" + arguments + b"q\x08R" + b"h\7h\x08R" * 20_000
     content = archive(b"(" + made + b"t")
-    start = time.perf_counter()
-    with pytest.raises(CheckpointError, match="makes more than 30,000 tensors"):
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="makes more than 20,000 tensors"):
         opened(content, tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 # -- hostile archives ------------------------------------------------------------------------------
@@ -499,10 +515,10 @@ ARCHIVES = [
 
 @pytest.mark.parametrize(("reason", "content"), ARCHIVES, ids=[reason for reason, _ in ARCHIVES])
 def test_hostile_archives(reason, content, tmp_path):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{reason}"):
         opened(content, tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_an_archive_with_the_end_of_zip64_is_read(tmp_path):
@@ -528,10 +544,10 @@ def test_many_records_are_refused_in_time(tmp_path):
     with zipfile.ZipFile(buffer, "w") as out:
         for i in range(10_001):
             out.writestr(f"archive/data/{i}", b"")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="10,001 records; expected at most 10,000"):
         opened(buffer.getvalue(), tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_what_is_no_file(tmp_path):
