@@ -97,6 +97,7 @@ def check_task(task: Any) -> None:
 
 
 def parameter_axes(config: GemmaConfig, task: str) -> dict[str, tuple[str, ...]]:
+    """{canonical name: its axes in letters, as `_FIELDS` has them}, in the order of the file."""
     check_task(task)
     layer = dict(_NORMS_AND_MATRICES)
     if config.attention_bias:

@@ -33,7 +33,7 @@ EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 # {task: heads of other tasks, which a checkpoint may hold and which are then left alone}. A bias of
 # a classifier is in none: a sequence classifier that has one would say something else without it.
-_OTHER_HEADS = {
+OTHER_HEADS = {
     "base": (_LM_HEAD, *HEAD),
     "causal_lm": HEAD,
     "sequence_classification": (_LM_HEAD,),
@@ -42,7 +42,7 @@ _OTHER_HEADS = {
 # A base model's file lacks the "model." that a model with a head has before these.
 _BARE_PREFIXES = ("embed_tokens.", "layers.", "norm.")
 # Constants that older versions of Transformers stored; they follow from the config.
-_BUFFERS = (
+BUFFERS = (
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
     "rotary_emb.cos_cached",
@@ -206,7 +206,7 @@ def canonical_tensors(
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         for stored, tensor in file.tensors.items():
-            if stored.endswith(_BUFFERS):
+            if stored.endswith(BUFFERS):
                 continue
             name = f"model.{stored}" if stored.startswith(_BARE_PREFIXES) else stored
             if name in tensors:
@@ -233,7 +233,7 @@ def check_tensors(
         CheckpointError: listing what is missing, unexpected, misshapen and of another type.
     """
     shapes = parameter_shapes(config, task)
-    ignored = {*allow_unknown, *_OTHER_HEADS[task]}
+    ignored = {*allow_unknown, *OTHER_HEADS[task]}
     expected = dict(shapes)
     if task == "causal_lm" and config.tie_word_embeddings and _LM_HEAD in tensors:
         expected[_LM_HEAD] = shapes[EMBEDDING]

@@ -84,7 +84,7 @@ class SafetensorsFile:
             with safe_open(path, framework="np"):
                 pass
             with path.open("rb") as file:
-                self.pages = _map(file)
+                self.pages = map_file(file)
         except (SafetensorError, ValueError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointError(
@@ -112,7 +112,7 @@ class SafetensorsFile:
         }
 
 
-def _map(file: BinaryIO) -> mmap.mmap:
+def map_file(file: BinaryIO) -> mmap.mmap:
     """The file's pages, private: arrays over them are writable and the file never changes."""
     if sys.platform == "linux":
         # Otherwise the kernel sets memory aside for a copy of the whole file, and refuses a model

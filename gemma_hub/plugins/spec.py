@@ -55,9 +55,9 @@ class FormatSpec:
         api_version: version of the contract it was written for, as "major.minor".
         factory: "module:Class" of the `gemma_hub.checkpoints.formats.interface.CheckpointFormat`;
             imported only when the format is used.
-        requires: distributions that its reader needs, as PEP 508 strings; shown to users. Without
-            them the format is there still: it recognises paths, and opening one says what to
-            install.
+        requires: distributions that it needs to read or write, as PEP 508 strings; shown to users.
+            Without them the format is there still: it recognises paths, and what cannot be done
+            says what to install.
         summary: one line for `gemma-hub doctor`.
     """
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gemma_hub.checkpoints.formats.readers import needed
-from gemma_hub.checkpoints.safetensors_file import _map
+from gemma_hub.checkpoints.safetensors_file import map_file
 from gemma_hub.errors import CheckpointError, first_ten, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape
 
@@ -92,7 +92,7 @@ class GgufFile:
             raise CheckpointError(f"{path} is not a file; expected a GGUF. Get the file again.")
         try:
             with path.open("rb") as file:
-                self._pages = _map(file)
+                self._pages = map_file(file)
         except ValueError as error:  # nothing can be mapped of an empty file
             raise _damaged(path, "it is empty") from error
         except OSError as error:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_hub.checkpoints.formats.readers import needed
 from gemma_hub.checkpoints.output import flush
-from gemma_hub.checkpoints.safetensors_file import _map
+from gemma_hub.checkpoints.safetensors_file import map_file
 from gemma_hub.errors import CheckpointError, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights
 
@@ -99,7 +99,7 @@ class Hdf5File:
             raise CheckpointError(f"{path} is not a file; expected HDF5. Get the file again.")
         try:
             with path.open("rb") as file:
-                self.pages = _map(file)
+                self.pages = map_file(file)
         except ValueError as error:
             raise CheckpointError(f"{path} is empty. Get the file again.") from error
         except OSError as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_hub.checkpoints.folder import listing
 from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import CheckpointError, nearest
+from gemma_hub.errors import CheckpointError, first_ten, nearest
 from gemma_hub.parameters import (
     DTYPES,
     Index,
@@ -83,7 +83,10 @@ class _Spot:
     plus: float
 
 
-def _spot(config: GemmaConfig, task: str, name: str, place: Place, padded_rows: int) -> _Spot:
+def _spot(
+    config: GemmaConfig, name: str, axes: Sequence[str], place: Place, padded_rows: int
+) -> _Spot:
+    """A place of a parameter, whose canonical axes are `axes`, in one model."""
     layer = _LAYER.fullmatch(name)
     i = int(layer[1]) if layer else 0
     size = {
@@ -109,13 +112,12 @@ def _spot(config: GemmaConfig, task: str, name: str, place: Place, padded_rows: 
         shape.append(sum(map(product, summands)))
         index.append(slice(start, start + product(own)))
         factors += own
-    canonical = "".join(parameter_axes(config, task)[name])
     return _Spot(
         stored=place.name.format(i=i, _i=f"_{i}" if i else ""),
         shape=tuple(shape),
         index=tuple(index),
         sizes=tuple(size[letter] for letter in factors),
-        order=tuple(factors.index(letter) for letter in canonical),
+        order=tuple(factors.index(letter) for letter in "".join(axes)),
         plus=place.plus,
     )
 
@@ -201,14 +203,14 @@ def canonical_weights(
             type, or stored in a way that leaves two readings.
     """
     there, left_out = set(stored.names()), dict(dropped or {})
-    shapes = parameter_shapes(config, task)
+    shapes, axes = parameter_shapes(config, task), parameter_axes(config, task)
     spots: dict[str, _Spot] = {}
     missing: dict[str, None] = {}
     misshapen: dict[str, None] = {}
     ambiguous: dict[str, None] = {}
     for name in shapes:
         candidates = [
-            _spot(config, task, name, place, _padded_rows(config, place, stored, there))
+            _spot(config, name, axes[name], place, _padded_rows(config, place, stored, there))
             for place in places(layout, name)
         ]
         found = [spot for spot in candidates if spot.stored in there]
@@ -224,11 +226,10 @@ def canonical_weights(
         else:
             missing[candidates[0].stored if candidates else f"a place for {name}"] = None
     used = {spot.stored for spot in spots.values()}
+    known = {*used, *left_out} | _misfits(misshapen)
     problems: dict[str, list[str]] = {
         "Missing": list(missing),
-        "Unexpected": [
-            name for name in stored.names() if name not in {*used, *left_out} | _misfits(misshapen)
-        ],
+        "Unexpected": [name for name in stored.names() if name not in known],
         "Misshapen": list(misshapen),
         "Not of a type that is read": [
             f"{name} is {stored.dtype(name)}" for name in used if stored.dtype(name) not in DTYPES
@@ -339,7 +340,7 @@ def stored_weights(
             vocabulary or nothing can be padded, or two parts of one tensor differ in type.
     """
     if lacking := homeless(layout, config, task):
-        raise CheckpointError(f"This format has no place for {', '.join(lacking)}.")
+        raise CheckpointError(f"This format has no place for {first_ten(lacking)}.")
     padded = 0 if pad_vocab_to is None else pad_vocab_to - config.vocab_size
     if padded < 0:
         raise CheckpointError(
@@ -362,6 +363,6 @@ def stored_weights(
 def _written_spots(
     layout: Layout, config: GemmaConfig, task: str, padded: int
 ) -> Iterator[tuple[str, _Spot]]:
-    for name in parameter_shapes(config, task):
+    for name, axes in parameter_axes(config, task).items():
         place = next(p for p in places(layout, name) if CONDITIONS[p.only](config))
-        yield name, _spot(config, task, name, place, padded)
+        yield name, _spot(config, name, axes, place, padded)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gemma_hub.checkpoints.safetensors_file import _map
+from gemma_hub.checkpoints.safetensors_file import map_file
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights
 
@@ -80,7 +80,7 @@ class MsgpackFile:
             raise CheckpointError(f"{path} is not a file; expected msgpack. Get the file again.")
         try:
             with path.open("rb") as file:
-                self.pages = _map(file)
+                self.pages = map_file(file)
         except ValueError as error:
             raise CheckpointError(f"{path} is empty. Get the file again.") from error
         except OSError as error:

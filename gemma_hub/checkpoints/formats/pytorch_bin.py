@@ -19,7 +19,7 @@ from gemma_hub.checkpoints.formats.torch_folder import (
     write_files,
 )
 from gemma_hub.checkpoints.new_head import HEAD
-from gemma_hub.checkpoints.reader import _BUFFERS, _OTHER_HEADS, EMBEDDING
+from gemma_hub.checkpoints.reader import BUFFERS, EMBEDDING, OTHER_HEADS
 from gemma_hub.checkpoints.writer import MAX_SHARD_BYTES, write_companions
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
@@ -151,9 +151,9 @@ def _not_needed(what: str, stored: TorchWeights, config: GemmaConfig, task: str)
     names = stored.names()
     embedding = _stored_embedding(config, set(names))
     reasons = {
-        name: "a constant that follows from the config" for name in names if name.endswith(_BUFFERS)
+        name: "a constant that follows from the config" for name in names if name.endswith(BUFFERS)
     }
-    for name in _OTHER_HEADS[task]:
+    for name in OTHER_HEADS[task]:
         if name in names and name != embedding:
             kind = "a classifier" if name in HEAD else "a causal language model"
             reasons[name] = f"the head of {kind}, which the task {task!r} has no use for"

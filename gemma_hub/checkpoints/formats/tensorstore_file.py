@@ -27,7 +27,7 @@ from gemma_hub.checkpoints.formats.zarr_metadata import (
     ZarrArray,
     parse_array,
 )
-from gemma_hub.checkpoints.safetensors_file import _map
+from gemma_hub.checkpoints.safetensors_file import map_file
 from gemma_hub.errors import CheckpointError, first_ten, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape
 
@@ -167,7 +167,7 @@ class ZarrFolder:
         path = self.path / array.key((0,) * len(array.shape))
         try:
             with path.open("rb") as file:
-                pages = _map(file)
+                pages = map_file(file)
             return np.ndarray(array.shape, DTYPES[array.dtype], buffer=pages)
         except (OSError, ValueError, TypeError) as error:  # it was changed since it was checked
             raise CheckpointError(f"{path} cannot be read ({error}).") from error

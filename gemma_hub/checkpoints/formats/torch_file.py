@@ -22,7 +22,7 @@ from gemma_hub.checkpoints.formats.restricted_pickle import (
     shown,
 )
 from gemma_hub.checkpoints.formats.zip_records import MalformedZip, Record, read_records
-from gemma_hub.checkpoints.safetensors_file import _map
+from gemma_hub.checkpoints.safetensors_file import map_file
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape
 
@@ -99,7 +99,7 @@ class TorchFile:
             )
         try:
             with path.open("rb") as file:
-                self.pages = _map(file)
+                self.pages = map_file(file)
         except ValueError as error:
             raise CheckpointError(f"{path} is empty. Get the file again.") from error
         except OSError as error:

@@ -114,8 +114,8 @@ def written_by_tensorstore(
 
 def _zarr_2(array, chunks, inner, compression):
     compressor = {"id": compression, "level": 1} if compression else None
-    return {"shape": [*array.shape], "chunks": chunks, "compressor": compressor,
-            "dtype": {"float32": "<f4", "float16": "<f2"}.get(array.dtype.name, "bfloat16")}  # fmt: skip
+    dtype = {"float32": "<f4", "float16": "<f2"}.get(array.dtype.name, "bfloat16")
+    return {"shape": [*array.shape], "chunks": chunks, "compressor": compressor, "dtype": dtype}
 
 
 def _zarr_3(array, chunks, inner, compression):
