@@ -1,27 +1,21 @@
 """One safetensors file, mapped: what is in it, and views of its tensors without copying."""
 
-import mmap
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import BinaryIO
 
 # Not used by name: its import makes bfloat16 a type that NumPy, and so safetensors, knows.
 import ml_dtypes  # noqa: F401
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gemma_hub.checkpoints.mapped_file import map_file
 from gemma_hub.config import parse_json_object
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape
 
 FORMAT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """The format's words for the types that a parameter may have."""
-
-
-# Python names it from 3.13 on; this is its value on x86-64 and ARM.
-_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +104,3 @@ class SafetensorsFile:
             )
             for name, entry in header.items()
         }
-
-
-def map_file(file: BinaryIO) -> mmap.mmap:
-    """The file's pages, private: arrays over them are writable and the file never changes."""
-    if sys.platform == "linux":
-        # Otherwise the kernel sets memory aside for a copy of the whole file, and refuses a model
-        # larger than the machine's memory although nobody writes to it.
-        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -1,11 +1,8 @@
 """Transformers' Flax checkpoints: config.json and flax_model.msgpack, whole or in shards."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from gemma_hub.checkpoints.description import stated_task
 from gemma_hub.checkpoints.folder import (
@@ -23,11 +20,12 @@ from gemma_hub.checkpoints.formats.layout import (
 from gemma_hub.checkpoints.formats.msgpack_file import MsgpackFile, write_msgpack
 from gemma_hub.checkpoints.formats.stated import companions, config_beside
 from gemma_hub.checkpoints.formats.table import layout
+from gemma_hub.checkpoints.mapped_file import FileWeights
 from gemma_hub.checkpoints.output import flush, write_json
 from gemma_hub.checkpoints.writer import split_into_shards, write_companions
 from gemma_hub.config import CLASSIFICATIONS, GemmaConfig
-from gemma_hub.errors import CheckpointError, CheckpointNotFoundError, nearest
-from gemma_hub.parameters import DTYPES, Index, Shape, Weights
+from gemma_hub.errors import CheckpointError, CheckpointNotFoundError
+from gemma_hub.parameters import DTYPES, Weights
 
 _FILES = FileNames("flax_model", ".msgpack")
 _MAX_SHARD_BYTES = 10_000_000_000  # Transformers' default
@@ -57,7 +55,7 @@ class FlaxMsgpack:
     def open(self, path: Path, config: GemmaConfig | None = None) -> Opened:
         """Open the folder; see `CheckpointFormat`."""
         folder = checkpoint_folder(path)
-        stored = _Stored(_opened_files(folder))
+        stored = FileWeights(_opened_files(folder))
         stated = config_beside(folder)
         if config is None and stated is None:
             raise CheckpointNotFoundError(
@@ -159,31 +157,6 @@ def _layout(*, is_bare: bool) -> Layout:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-class _Stored:
-    """`Weights` over the arrays of all files."""
-
-    def __init__(self, files: Iterable[MsgpackFile]) -> None:
-        self._files = {name: file for file in files for name in file.tensors}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
-
-    def shape(self, name: str) -> Shape:
-        return self._file(name).tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._file(name).tensors[name].dtype
-
-    def read(self, name: str, index: Index = None) -> np.ndarray:
-        return self._file(name).read(name, index)
-
-    def _file(self, name: str) -> MsgpackFile:
-        if name not in self._files:
-            hint = nearest(name, self._files)
-            raise CheckpointError(f"There is no array {name!r}. {hint}".rstrip())
-        return self._files[name]
-
-
 def _opened_files(folder: Path) -> list[MsgpackFile]:
     """The weights' files of a folder, all of which fit the index if there is one.
 
@@ -196,7 +169,7 @@ def _opened_files(folder: Path) -> list[MsgpackFile]:
     return files
 
 
-def _check_size(folder: Path, stored: _Stored, config: GemmaConfig) -> None:
+def _check_size(folder: Path, stored: FileWeights, config: GemmaConfig) -> None:
     count = len(stored.names())
     if config.num_hidden_layers > _MAX_LAYERS or count > _MAX_ARRAYS:
         raise CheckpointError(

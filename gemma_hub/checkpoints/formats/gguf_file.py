@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gemma_hub.checkpoints.formats.readers import needed
-from gemma_hub.checkpoints.safetensors_file import map_file
+from gemma_hub.checkpoints.mapped_file import map_path
 from gemma_hub.errors import CheckpointError, first_ten, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape
 
@@ -88,17 +88,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._gguf = needed("gguf", "gguf")
-        if not path.is_file():  # a pipe would be waited for
-            raise CheckpointError(f"{path} is not a file; expected a GGUF. Get the file again.")
-        try:
-            with path.open("rb") as file:
-                self._pages = map_file(file)
-        except ValueError as error:  # nothing can be mapped of an empty file
-            raise _damaged(path, "it is empty") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be opened ({error.strerror or error})."
-            ) from error
+        self._pages = map_path(path, "a GGUF")
         header = _Header(path, self._pages)
         self.metadata: Mapping[str, Value] = header.key_values()
         self.tensors = self._placed(header)

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from gemma_hub.checkpoints.formats.readers import needed
+from gemma_hub.checkpoints.mapped_file import map_path
 from gemma_hub.checkpoints.output import flush
-from gemma_hub.checkpoints.safetensors_file import map_file
-from gemma_hub.errors import CheckpointError, nearest
+from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights
 
 # No preset comes near these; the limits keep a damaged file from taking the time.
@@ -95,17 +95,7 @@ class Hdf5File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file; expected HDF5. Get the file again.")
-        try:
-            with path.open("rb") as file:
-                self.pages = map_file(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is empty. Get the file again.") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be opened ({error.strerror or error})."
-            ) from error
+        self.pages = map_path(path, "HDF5")
         try:
             self.tensors = _Scanner(memoryview(self.pages)).tensors()
         except _Malformed as error:
@@ -126,31 +116,6 @@ class Hdf5File:
         selection: Index | EllipsisType = ... if index is None else index
         part = np.asarray(array[selection])
         return part if part.flags.aligned else part.copy()
-
-
-class Hdf5Weights:
-    """`Weights` over the datasets of files that have no name in common."""
-
-    def __init__(self, files: Sequence[Hdf5File]) -> None:
-        self._files = {name: file for file in files for name in file.tensors}
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
-
-    def shape(self, name: str) -> Shape:
-        return self._file(name).tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._file(name).tensors[name].dtype
-
-    def read(self, name: str, index: Index = None) -> np.ndarray:
-        return self._file(name).read(name, index)
-
-    def _file(self, name: str) -> Hdf5File:
-        if name not in self._files:
-            hint = nearest(name, self._files)
-            raise CheckpointError(f"There is no dataset {name!r}. {hint}".rstrip())
-        return self._files[name]
 
 
 # -- scanning --------------------------------------------------------------------------------------

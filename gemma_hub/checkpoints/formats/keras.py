@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gemma_hub.checkpoints.folder import listing
-from gemma_hub.checkpoints.formats.hdf5_file import Hdf5File, Hdf5Weights, write_hdf5
+from gemma_hub.checkpoints.formats.hdf5_file import Hdf5File, write_hdf5
 from gemma_hub.checkpoints.formats.interface import Opened, Progress, WriteOptions
 from gemma_hub.checkpoints.formats.keras_config import (
     config_objections,
@@ -18,6 +18,7 @@ from gemma_hub.checkpoints.formats.layout import canonical_weights, stored_weigh
 from gemma_hub.checkpoints.formats.readers import needed
 from gemma_hub.checkpoints.formats.stated import COMPANIONS
 from gemma_hub.checkpoints.formats.table import layout
+from gemma_hub.checkpoints.mapped_file import FileWeights
 from gemma_hub.checkpoints.output import copy_file, sync_folder, write_json
 from gemma_hub.checkpoints.writer import split_into_shards
 from gemma_hub.config import GemmaConfig, read_json_object
@@ -64,7 +65,7 @@ class KerasPreset:
                 "not have. Remove that file if the model without that head is wanted."
             )
         weights, dropped = canonical_weights(
-            str(folder), Hdf5Weights(_weight_files(folder)), layout(self.name), config, task
+            str(folder), FileWeights(_weight_files(folder)), layout(self.name), config, task
         )
         return Opened(
             path=folder,

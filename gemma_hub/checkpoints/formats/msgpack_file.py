@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gemma_hub.checkpoints.safetensors_file import map_file
+from gemma_hub.checkpoints.mapped_file import map_path
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights
 
@@ -76,17 +76,7 @@ class MsgpackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a file; expected msgpack. Get the file again.")
-        try:
-            with path.open("rb") as file:
-                self.pages = map_file(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is empty. Get the file again.") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be opened ({error.strerror or error})."
-            ) from error
+        self.pages = map_path(path, "msgpack")
         try:
             self.tensors = _flat(_Scanner(memoryview(self.pages)).tree())
         except _Malformed as error:

@@ -27,7 +27,7 @@ from gemma_hub.checkpoints.formats.zarr_metadata import (
     ZarrArray,
     parse_array,
 )
-from gemma_hub.checkpoints.safetensors_file import map_file
+from gemma_hub.checkpoints.mapped_file import map_file
 from gemma_hub.errors import CheckpointError, first_ten, nearest
 from gemma_hub.parameters import DTYPES, Index, Shape
 

@@ -22,7 +22,7 @@ from gemma_hub.checkpoints.formats.restricted_pickle import (
     shown,
 )
 from gemma_hub.checkpoints.formats.zip_records import MalformedZip, Record, read_records
-from gemma_hub.checkpoints.safetensors_file import map_file
+from gemma_hub.checkpoints.mapped_file import map_path
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, Index, Shape
 
@@ -93,19 +93,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is not a file; expected one of torch.save. Get the file again."
-            )
-        try:
-            with path.open("rb") as file:
-                self.pages = map_file(file)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is empty. Get the file again.") from error
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be opened ({error.strerror or error})."
-            ) from error
+        self.pages = map_path(path, "one of torch.save")
         self._check_kind()
         try:
             self.tensors = self._read_tensors()

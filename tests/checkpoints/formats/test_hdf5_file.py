@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from gemma_hub.checkpoints.formats.hdf5_file import Hdf5File, Hdf5Weights, write_hdf5
+from gemma_hub.checkpoints.formats.hdf5_file import Hdf5File, write_hdf5
+from gemma_hub.checkpoints.mapped_file import FileWeights
 from gemma_hub.errors import CheckpointError
 from gemma_hub.parameters import DTYPES, ArrayWeights
 
@@ -150,10 +151,10 @@ def with_end(content):
 
 
 def test_unknown_names(path):
-    weights = Hdf5Weights([Hdf5File(made(path, lambda file: file.update({"layers/a": VALUE})))])
+    weights = FileWeights([Hdf5File(made(path, lambda file: file.update({"layers/a": VALUE})))])
     for ask in (weights.shape, weights.dtype, weights.read):
         with pytest.raises(
-            CheckpointError, match=r"no dataset 'layers/b'\. Did you mean 'layers/a'"
+            CheckpointError, match=r"no tensor 'layers/b'\. Did you mean 'layers/a'"
         ):
             ask("layers/b")
 
