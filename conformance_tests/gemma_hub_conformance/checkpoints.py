@@ -20,6 +20,7 @@ import numpy as np
 from gemma_hub.checkpoints import open_checkpoint, save_checkpoint
 from gemma_hub.config import GemmaConfig
 from gemma_hub.parameters import DTYPES, ArrayWeights, Weights, parameter_shapes
+from gemma_hub_conformance.seeds import current_seed, entropy
 
 PAD_ID, BOS_ID, EOS_ID, END_OF_TURN_ID = 3, 5, 1, 9
 TINY_ROW_ID = 11
@@ -50,7 +51,7 @@ _MAIN = GemmaConfig(
 
 @dataclass(frozen=True, slots=True)
 class DesignedCheckpoint:
-    """A config with weights made from its name, always the same.
+    """A config with weights made from its name and the seed of the run.
 
     Attributes:
         name: part of the case ids; seeds the weights.
@@ -71,7 +72,7 @@ class DesignedCheckpoint:
     def weights(self, dtype: str = "float32") -> Weights:
         """The parameters; rounded to `dtype` where it is not float32."""
         shapes = tuple(parameter_shapes(self.config, self.task).items())
-        weights = _weights(self.weights_of or self.name, shapes, dtype)
+        weights = _weights(self.weights_of or self.name, shapes, dtype, current_seed())
         return _on_disk(self.name, self.config, weights) if self.storage == "shards" else weights
 
 
@@ -173,13 +174,14 @@ LATER = MappingProxyType(
 """Checkpoints with a feature that first-generation Gemma does not have, by that feature."""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # of a few seeds, where one process runs many
 def _weights(
-    name: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: str
+    name: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], dtype: str, seed: int
 ) -> ArrayWeights:
+    """The arrays; `seed` is the current one, given so that each seed is remembered by itself."""
     arrays = {
         parameter: _tensor(
-            np.random.default_rng([zlib.crc32(name.encode()), index]), parameter, shape
+            np.random.default_rng(entropy(zlib.crc32(name.encode()), index)), parameter, shape
         )
         for index, (parameter, shape) in enumerate(shapes)
     }
@@ -194,7 +196,7 @@ _FOLDERS: dict[str, tuple[tempfile.TemporaryDirectory[str], Weights]] = {}
 
 def _on_disk(name: str, config: GemmaConfig, weights: Weights) -> Weights:
     """`weights` after a journey through several files; the folder goes when the process ends."""
-    key = f"{name} {weights.dtype('model.norm.weight')}"
+    key = f"{name} {weights.dtype('model.norm.weight')} {current_seed()}"
     if key not in _FOLDERS:
         folder = tempfile.TemporaryDirectory(prefix="gemma-hub-conformance-")
         path = Path(folder.name) / "checkpoint"

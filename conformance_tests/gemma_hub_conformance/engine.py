@@ -1,17 +1,21 @@
 """Runs cases on a backend. The command line, pytest and Python all come through here."""
 
-import json
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
 
 from gemma_hub.errors import InputError, nearest
 from gemma_hub.plugins.registry import plugin_registry
 from gemma_hub_conformance.cases import all_cases
 from gemma_hub_conformance.claims import check_dtype_refused, check_refused
 from gemma_hub_conformance.oracle import Oracle
+from gemma_hub_conformance.profiles import DEFAULT, Profile, find_profile, required_cases
 from gemma_hub_conformance.report import CaseResult, Report, Verdict
+from gemma_hub_conformance.seeds import checked_seed, seeded
 from gemma_hub_conformance.spec import CaseContext, CaseFailed, CaseSpec, Subject
+from gemma_hub_conformance.waivers import Waiver, apply_waivers
+
+__all__ = ["load_subject", "required_cases", "run_case", "run_conformance", "select"]
 
 
 def load_subject(name: str) -> Subject:
@@ -23,51 +27,82 @@ def load_subject(name: str) -> Subject:
     """
     loaded = plugin_registry().load(name)
     spec = loaded.spec
-    return Subject(loaded.name, loaded.backend, spec.features, spec.dtypes, tasks=spec.tasks)
+    return Subject(
+        loaded.name,
+        loaded.backend,
+        spec.features,
+        spec.dtypes,
+        tasks=spec.tasks,
+        distribution=loaded.distribution,
+        version=loaded.version,
+    )
 
 
-def required_cases() -> tuple[str, ...]:
-    """The manifest: ids of the cases that a full run must contain."""
-    text = resources.files("gemma_hub_conformance").joinpath("manifest.json").read_text("utf-8")
-    return tuple(json.loads(text)["required"])
-
-
-def select(ids: Iterable[str]) -> list[CaseSpec]:
-    """The cases of these ids.
+def select(ids: Iterable[str] | None = None, profile: str = DEFAULT) -> list[CaseSpec]:
+    """The cases of these ids, or all of the profile if None.
 
     Raises:
-        InputError: there is no case of one of them.
+        InputError: there is no such profile, or no case of one of the ids, or not in it.
     """
-    cases = all_cases()
-    chosen = []
-    for each in ids:
-        if each not in cases:
-            raise InputError(f"There is no case {each!r}. {nearest(each, cases)}".rstrip())
-        chosen.append(cases[each])
-    return chosen
+    part, cases = find_profile(profile), all_cases()
+    if ids is None:
+        return [case for case in cases.values() if part.contains(case.id)]
+    return [_find(each, cases, part) for each in dict.fromkeys(ids)]
+
+
+def _find(id_: str, cases: dict[str, CaseSpec], profile: Profile) -> CaseSpec:
+    if id_ not in cases:
+        raise InputError(f"There is no case {id_!r}. {nearest(id_, cases)}".rstrip())
+    if not profile.contains(id_):
+        raise InputError(
+            f"The case {id_!r} is not in the profile {profile.name!r}. Leave the profile out to "
+            "run any case."
+        )
+    return cases[id_]
 
 
 def run_conformance(
     subject: Subject,
     ids: Sequence[str] | None = None,
     *,
+    profile: str = DEFAULT,
+    seed: int = 0,
+    waivers: Sequence[Waiver] = (),
     oracle: Oracle | None = None,
     on_result: Callable[[CaseResult], None] = lambda _: None,
 ) -> Report:
-    """Run the cases of `ids`, or all of them, on `subject`.
+    """Run the cases of `ids`, or the whole profile, on `subject`.
 
     Args:
         subject: the backend under test.
-        ids: case ids; None for the whole suite.
+        ids: case ids; None for the whole profile.
+        profile: a key of `gemma_hub_conformance.profiles.PROFILES`.
+        seed: 0 for the weights and inputs of the calibration, any other for fresh ones.
+        waivers: failures to let pass, from `gemma_hub_conformance.waivers.read_waivers`.
         oracle: results to share with other runs.
-        on_result: called after each case.
+        on_result: called after each case, before waivers are applied.
+
+    Raises:
+        InputError: no such profile or case, or a seed that is none.
     """
     oracle = Oracle() if oracle is None else oracle
     results = []
-    for case in all_cases().values() if ids is None else select(ids):
-        results.append(run_case(case, subject, oracle))
-        on_result(results[-1])
-    return Report(subject.name, tuple(results), required_cases(), selected=ids is not None)
+    with seeded(checked_seed(seed)):
+        for case in select(ids, profile):
+            results.append(run_case(case, subject, oracle))
+            on_result(results[-1])
+    report = Report(
+        subject.name,
+        tuple(results),
+        required_cases(profile),
+        selected=ids is not None,
+        profile=profile,
+        seed=seed,
+        distribution=subject.distribution,
+        version=subject.version,
+    )
+    waived, problems = apply_waivers(report.results, waivers)
+    return dataclasses.replace(report, results=waived, waivers=tuple(waivers), problems=problems)
 
 
 def run_case(case: CaseSpec, subject: Subject, oracle: Oracle) -> CaseResult:

@@ -15,6 +15,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.losses import Rounding
 from gemma_hub_conformance.rows import Row
+from gemma_hub_conformance.seeds import current_seed
 from gemma_hub_numpy.model import Reference, Witness, round_randomly
 
 WITNESSES = 8
@@ -43,12 +44,12 @@ Gradients = dict[str, np.ndarray]
 
 
 class Oracle:
-    """Truths by checkpoint, row and precision; kept in memory."""
+    """Truths by checkpoint, row, precision and seed of the run; kept in memory."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[str, str], tuple[Reference, ...]] = {}
-        self._truths: dict[tuple[str, Row, str], Truth] = {}
-        self._attentions: dict[tuple[str, Row], tuple[tuple[np.ndarray, ...], ...]] = {}
+        self._models: dict[tuple[str, str, int], tuple[Reference, ...]] = {}
+        self._truths: dict[tuple[str, Row, str, int], Truth] = {}
+        self._attentions: dict[tuple[str, Row, int], tuple[tuple[np.ndarray, ...], ...]] = {}
         self._gradients: dict[tuple[object, ...], tuple[Gradients, ...]] = {}
 
     def truth(self, checkpoint: DesignedCheckpoint, rows: Sequence[Row], dtype: str) -> Truth:
@@ -67,7 +68,7 @@ class Oracle:
         self, checkpoint: DesignedCheckpoint, each: Row
     ) -> tuple[tuple[np.ndarray, ...], ...]:
         """For the reference and each witness in float32 the layers' (N, n, n) probabilities."""
-        key = (checkpoint.name, each)
+        key = (checkpoint.name, each, current_seed())
         if key not in self._attentions:
             inputs = _alone(checkpoint, each, output_attentions=True)
             results = [model.run(inputs) for model in self.models(checkpoint, "float32")]
@@ -91,7 +92,8 @@ class Oracle:
             labels: for each row its own, one for each real token where the task's are by token.
             divisor: number of labels that count; of a sequence classifier the number of rows.
         """
-        key = (checkpoint.name, tuple(rows), *(each.tobytes() for each in labels), divisor)
+        drawn = (checkpoint.name, current_seed())
+        key = (*drawn, tuple(rows), *(each.tobytes() for each in labels), divisor)
         if key not in self._gradients:
             models = self.models(checkpoint, "float32")
             totals: list[Gradients] = [{} for _ in models]
@@ -107,7 +109,7 @@ class Oracle:
         return self._gradients[key]
 
     def _row(self, checkpoint: DesignedCheckpoint, row: Row, dtype: str) -> Truth:
-        key = (checkpoint.name, Row(row.ids, (), row.positions), dtype)
+        key = (checkpoint.name, Row(row.ids, (), row.positions), dtype, current_seed())
         if key not in self._truths:
             inputs = _alone(checkpoint, row, output_hidden_states=True)
             results = [model.run(inputs) for model in self.models(checkpoint, dtype)]
@@ -125,22 +127,26 @@ class Oracle:
 
     def models(self, checkpoint: DesignedCheckpoint, dtype: str) -> tuple[Reference, ...]:
         """The reference and then the witnesses, on weights already rounded to `dtype`."""
-        key = (checkpoint.name, dtype)
+        key = (checkpoint.name, dtype, current_seed())
         if key not in self._models:
             config, weights = checkpoint.config, checkpoint.weights(dtype)
-            seeds = range(_FIRST_SEED, _FIRST_SEED + WITNESSES)
             task = checkpoint.task
-            witnesses = (Witness(config, weights, dtype, seed, task) for seed in seeds)
+            witnesses = (Witness(config, weights, dtype, seed, task) for seed in witness_seeds())
             self._models[key] = (Reference(config, weights, task), *witnesses)
         return self._models[key]
 
 
+def witness_seeds() -> range:
+    """The seeds of the witnesses of this run; no two runs share one."""
+    first = _FIRST_SEED + WITNESSES * current_seed()
+    return range(first, first + WITNESSES)
+
+
 def witness_roundings() -> tuple[Rounding, ...]:
     """For each witness how it rounds to float32 what is computed from its results."""
-    seeds = range(_FIRST_SEED, _FIRST_SEED + WITNESSES)
     return tuple(
         partial(round_randomly, dtype="float32", random=np.random.default_rng(seed))
-        for seed in seeds
+        for seed in witness_seeds()
     )
 
 

@@ -17,7 +17,7 @@ RESULTS: "pytest.StashKey[list[CaseResult]]" = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --gemma-backend."""
+    """Add --gemma-backend, --gemma-profile and --gemma-seed."""
     group = parser.getgroup("gemma_hub", "gemma_hub conformance")
     group.addoption(
         "--gemma-backend",
@@ -25,6 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="backend that gemma_hub_conformance tests; "
         f"the environment variable {ENVIRONMENT_VARIABLE} if absent",
+    )
+    group.addoption(
+        "--gemma-profile", metavar="NAME", default="full", help="core, bf16, training or full"
+    )
+    group.addoption(
+        "--gemma-seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw other weights, inputs and roundings than those of seed 0",
     )
 
 

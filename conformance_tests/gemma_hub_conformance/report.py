@@ -6,10 +6,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gemma_hub_conformance.waivers import Waiver
 
 
 class Verdict(StrEnum):
@@ -19,6 +23,8 @@ class Verdict(StrEnum):
     FAIL = "fail"
     UNSUPPORTED = "unsupported"
     """Not claimed, and refused with a typed error as it must be."""
+    WAIVED = "waived"
+    """It fails, within the bound of a waiver that has not expired."""
     ERROR = "error"
     """The backend or the suite raised something that no case asks for."""
 
@@ -53,18 +59,35 @@ class Report:
         results: one for each case that ran.
         required: ids that a full run must contain (the manifest).
         selected: whether the user chose cases, so that the run is partial on purpose.
+        profile: the part of the suite that was asked for.
+        seed: that weights, inputs and witnesses were drawn from.
+        distribution: that ships the backend; empty if none is known.
+        version: of that distribution.
+        waivers: that were given, whether they were of use or not.
+        problems: what is wrong with them.
     """
 
     backend: str
     results: tuple[CaseResult, ...]
     required: tuple[str, ...]
     selected: bool = False
+    profile: str = "full"
+    seed: int = 0
+    distribution: str = ""
+    version: str = ""
+    waivers: "tuple[Waiver, ...]" = ()
+    problems: tuple[str, ...] = ()
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Required cases that did not run."""
         ran = {result.id for result in self.results}
         return tuple(id_ for id_ in self.required if id_ not in ran)
+
+    @property
+    def missing_of_run(self) -> tuple[str, ...]:
+        """The same; none where the user chose the cases."""
+        return () if self.selected else self.missing
 
     @property
     def counts(self) -> dict[Verdict, int]:
@@ -75,17 +98,19 @@ class Report:
     @property
     def vacuous(self) -> bool:
         """Whether too little ran to say anything."""
-        return not self.counts[Verdict.PASS] or bool(self.missing and not self.selected)
+        return not self.counts[Verdict.PASS] or bool(self.missing_of_run)
 
     @property
     def failed(self) -> bool:
-        """Whether a case failed or broke."""
-        return bool(self.counts[Verdict.FAIL] or self.counts[Verdict.ERROR])
+        """Whether a case failed or broke, or a waiver does not count."""
+        return bool(self.counts[Verdict.FAIL] or self.counts[Verdict.ERROR] or self.problems)
 
     @property
     def exit_code(self) -> int:
-        """0 certified, 1 failed, 5 vacuous."""
-        return 1 if self.failed else 5 if self.vacuous else 0
+        """0 certified, 1 failed, 4 certified but for what is waived, 5 vacuous."""
+        if self.failed or self.vacuous:
+            return 1 if self.failed else 5
+        return 4 if self.counts[Verdict.WAIVED] else 0
 
     @property
     def summary(self) -> str:
@@ -93,20 +118,30 @@ class Report:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.counts.items() if count)
         missing = f", {len(self.missing)} of {len(self.required)} required cases not run"
         coverage = (counts or "no case ran") + (missing if self.missing else "")
-        if self.exit_code == 0:
-            word = "passes the selected cases" if self.selected else "is certified"
-        else:
+        if self.failed or self.vacuous:
             word = "fails" if self.failed else "is not certified: the run is vacuous"
-        return f"{self.backend} {word}: {coverage}"
+        else:
+            word = "passes the selected cases" if self.selected else "is certified"
+            word += "" if self.exit_code == 0 else " but for what is waived"
+        of = "" if self.profile == "full" else f" ({self.profile})"
+        return f"{self.backend} {word}{of}: {coverage}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; infinite ratios become strings."""
         return {
             "backend": self.backend,
+            "distribution": self.distribution,
+            "version": self.version,
+            "profile": self.profile,
+            "seed": self.seed,
             "exit_code": self.exit_code,
             "summary": self.summary,
             "counts": {verdict.value: count for verdict, count in self.counts.items()},
             "missing": list(self.missing),
+            "waivers": [
+                {**dataclasses.asdict(each), "expires": str(each.expires)} for each in self.waivers
+            ],
+            "problems": list(self.problems),
             "cases": [
                 {key: _plain(value) for key, value in dataclasses.asdict(result).items()}
                 for result in self.results
@@ -122,22 +157,26 @@ class Report:
         table = Table(title=f"Conformance of {self.backend}")
         for heading in ("case", "verdict", "error / noise", "worst element", "seconds"):
             table.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
-        colours = {Verdict.PASS: "green", Verdict.UNSUPPORTED: "yellow"}
+        yellow = dict.fromkeys((Verdict.UNSUPPORTED, Verdict.WAIVED), "yellow")
+        colours = {Verdict.PASS: "green", **yellow}
         for result in self.results:
             colour = colours.get(result.verdict, "red")
             table.add_row(
                 result.id,
-                f"[{colour}]{result.verdict}[/]",
+                Text(result.verdict, style=colour),
                 _number(result.ratio),
                 _number(result.worst_ratio),
                 f"{result.seconds:.2f}",
             )
         console.print(table)
         for result in self.results:
-            if result.verdict in (Verdict.FAIL, Verdict.ERROR):
-                console.print(f"[red]{result.id}[/]: ", end="")
-                console.print(result.message, markup=False, highlight=False)
-        console.print(self.summary, style="red" if self.exit_code else "green", highlight=False)
+            if result.verdict in (Verdict.FAIL, Verdict.ERROR, Verdict.WAIVED):
+                name = (result.id, colours.get(result.verdict, "red"))
+                console.print(Text.assemble(name, ": ", result.message), soft_wrap=True)
+        for problem in self.problems:
+            console.print(Text(problem, style="red"), soft_wrap=True)
+        style = {0: "green", 4: "yellow"}.get(self.exit_code, "red")
+        console.print(Text(self.summary, style=style), soft_wrap=True)
 
 
 def _plain(value: Any) -> Any:

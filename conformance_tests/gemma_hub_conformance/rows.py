@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_hub_conformance.checkpoints import PAD_ID, TINY_ROW_ID
+from gemma_hub_conformance.seeds import entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,14 @@ def row(ids: Sequence[int], left: int = 0, positions: Sequence[int] | None = Non
 
 
 def tokens(count: int, seed: int, vocab_size: int = 131) -> tuple[int, ...]:
-    """Random ids, the same for the same arguments, one of them the row that shows epsilon."""
-    rng = np.random.default_rng([seed, vocab_size])
+    """Random ids, the same for the same arguments, one of them the row that shows epsilon.
+
+    Args:
+        count: how many.
+        seed: which draw of this run; the run has a seed of its own, on which they depend too.
+        vocab_size: ids are from 12 up to it.
+    """
+    rng = np.random.default_rng(entropy(seed, vocab_size))
     ids = rng.integers(12, vocab_size, count)
     if count > 2:
         ids[count // 3] = TINY_ROW_ID

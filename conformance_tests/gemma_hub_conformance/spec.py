@@ -13,6 +13,7 @@ from gemma_hub.outputs import ModelOutputs
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.rows import Batch, Row
+from gemma_hub_conformance.seeds import current_seed
 
 
 class CaseFailed(AssertionError):
@@ -56,6 +57,8 @@ class Subject:
         dtypes: compute types that it claims.
         extra: `BuildOptions.extra` for every model.
         tasks: tasks that it claims.
+        distribution: that ships the backend; empty for one that is not installed.
+        version: of that distribution.
     """
 
     name: str
@@ -64,7 +67,9 @@ class Subject:
     dtypes: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("causal_lm",)
-    _models: dict[tuple[str, str], Model] = field(default_factory=dict)
+    distribution: str = ""
+    version: str = ""
+    _models: dict[tuple[str, str, int], Model] = field(default_factory=dict)
 
     @property
     def claims(self) -> frozenset[str]:
@@ -77,7 +82,7 @@ class Subject:
 
     def model(self, checkpoint: DesignedCheckpoint, dtype: str) -> Model:
         """The model of a checkpoint, built once."""
-        key = (checkpoint.name, dtype)
+        key = (checkpoint.name, dtype, current_seed())
         if key not in self._models:
             self._models[key] = self.backend.build(
                 checkpoint.config,

@@ -7,11 +7,11 @@ conformance suite that skips says nothing.
 import pytest
 
 from gemma_hub.errors import GemmaHubError
-from gemma_hub_conformance.cases import all_cases
-from gemma_hub_conformance.engine import load_subject, run_case
+from gemma_hub_conformance.engine import load_subject, run_case, select
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.pytest_plugin import ENVIRONMENT_VARIABLE, RESULTS, chosen_backend
 from gemma_hub_conformance.report import Verdict
+from gemma_hub_conformance.seeds import checked_seed, seeded
 from gemma_hub_conformance.spec import CaseSpec, Subject
 
 
@@ -24,22 +24,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             f"{ENVIRONMENT_VARIABLE}."
         )
     try:
+        checked_seed(metafunc.config.getoption("gemma_seed"))
+        cases = select(profile=metafunc.config.getoption("gemma_profile"))
         subject = load_subject(name)
     except GemmaHubError as error:
         raise pytest.Collector.CollectError(str(error)) from error
     oracle = Oracle()
-    cases = all_cases()
     metafunc.parametrize(
         ("case", "subject", "oracle"),
-        [(case, subject, oracle) for case in cases.values()],
-        ids=list(cases),
+        [(case, subject, oracle) for case in cases],
+        ids=[case.id for case in cases],
     )
 
 
 def test_case(
     case: CaseSpec, subject: Subject, oracle: Oracle, pytestconfig: pytest.Config
 ) -> None:
-    result = run_case(case, subject, oracle)
+    with seeded(pytestconfig.getoption("gemma_seed")):
+        result = run_case(case, subject, oracle)
     pytestconfig.stash[RESULTS].append(result)
     if result.verdict in (Verdict.FAIL, Verdict.ERROR):
         pytest.fail(f"{result.id}: {result.message}", pytrace=False)

@@ -1,0 +1,45 @@
+"""What a diagnosis says."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma_hub_conformance.diagnosis.reproduction import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """One cause of failures.
+
+    Attributes:
+        case: the failing case that was looked into.
+        mutant: the known bug; None if none fits. If several cannot be told apart, the first; the
+            text names them all.
+        alignment: cosine between the backend's errors and those of `mutant`, or of the nearest
+            known bug if none fits; None if the case compared no numbers.
+        advice: what to do, in one line.
+        layer: the first wrong layer; None if what is around the layers is wrong, or it was not
+            found.
+        branch: the part that is wrong: "attention", "feed-forward", "norm", "embedding", "head",
+            "residual stream", or several of them in words; None if it was not found.
+        shortest_input: the ids of the shortest failing input, row after row; empty if the case does
+            not fail on logits.
+        text: all of this for a reader, several lines.
+        failure: what `write_reproduction` writes; None if there is no shortest input.
+    """
+
+    case: str
+    mutant: str | None
+    alignment: float | None
+    advice: str
+    layer: int | None
+    branch: str | None
+    shortest_input: tuple[int, ...]
+    text: str
+    failure: Failure | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as JSON types."""
+        names = [each.name for each in dataclasses.fields(self) if each.name != "failure"]
+        plain = {name: getattr(self, name) for name in names}
+        return plain | {"shortest_input": list(self.shortest_input)}

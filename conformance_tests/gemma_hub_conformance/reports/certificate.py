@@ -1,0 +1,103 @@
+"""The certificate: what was certified, by what, with which numbers drawn; anybody can run it again.
+
+It proves nothing by itself, as anybody can write such a file. It says how to find out:
+`gemma-hub conformance --recheck certificate.json` runs the same profile with a fresh seed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_hub.errors import InputError
+from gemma_hub_conformance.profiles import PROFILES, manifest
+from gemma_hub_conformance.report import Report
+
+_SCHEMA = 1
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a certificate says that a new run needs.
+
+    Attributes:
+        backend: its name.
+        distribution: that shipped it.
+        version: of that distribution.
+        profile: what it was certified for.
+        seed: that the run drew from.
+        manifest: SHA-256 of the list of required cases that counted.
+    """
+
+    backend: str
+    distribution: str
+    version: str
+    profile: str
+    seed: int
+    manifest: str
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is other now than it was: the suite's cases, or the distribution's version."""
+        found = []
+        if self.manifest != manifest_digest():
+            found.append("the required cases are others than those that it was certified by")
+        try:
+            version = importlib.metadata.version(self.distribution) if self.distribution else ""
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        if version != self.version:
+            found.append(f"{self.distribution} is {version} and was {self.version}")
+        return tuple(found)
+
+
+def content(report: Report) -> dict[str, Any]:
+    """The certificate of a run that certified its backend."""
+    return {
+        "schema": _SCHEMA,
+        "backend": report.backend,
+        "distribution": report.distribution,
+        "version": report.version,
+        "suite": importlib.metadata.version("gemma-hub-conformance"),
+        "profile": report.profile,
+        "seed": report.seed,
+        "cases": len(report.results),
+        "waived": [each.case for each in report.waivers],
+        "manifest": manifest_digest(),
+        "summary": report.summary,
+    }
+
+
+def read_certificate(path: Path) -> Certificate:
+    """What a certificate says.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path} has more than {_MAX_BYTES:,} bytes; it is no certificate.")
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(raw, dict) or raw.get("schema") != _SCHEMA:
+        raise InputError(f"{path} is no certificate; expected JSON with a schema of {_SCHEMA}.")
+    texts = ("backend", "distribution", "version", "profile", "manifest")
+    for key in texts:
+        if not isinstance(raw.get(key), str):
+            raise InputError(f"{path}: {key} is {raw.get(key)!r}; expected a text.")
+    if raw["profile"] not in PROFILES:
+        raise InputError(f"{path} is of the profile {raw['profile']!r}, which there is not.")
+    if type(raw.get("seed")) is not int:
+        raise InputError(f"{path}: seed is {raw.get('seed')!r}; expected an integer.")
+    return Certificate(**{key: raw[key] for key in texts}, seed=raw["seed"])
+
+
+def manifest_digest() -> str:
+    """SHA-256 of the list of required cases."""
+    return hashlib.sha256(manifest()).hexdigest()
