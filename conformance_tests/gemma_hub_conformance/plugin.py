@@ -1,4 +1,4 @@
-"""The suite as a command, `gemma-hub conformance NAME`. Light: it imports the suite to run it."""
+"""The suite as commands. Light: they import the suite when they run."""
 
 from typing import Any
 
@@ -7,7 +7,9 @@ from gemma_hub.plugins.hookspecs import hookimpl
 
 @hookimpl
 def gemma_hub_cli(app: Any) -> None:
-    """Add the command `conformance`."""
+    """Add `conformance`, `golden-pack` and `check-pack`."""
     from gemma_hub_conformance.command import conformance
+    from gemma_hub_conformance.pack_commands import check_pack, golden_pack
 
-    app.command()(conformance)
+    for command in (conformance, golden_pack, check_pack):
+        app.command()(command)

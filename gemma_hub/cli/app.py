@@ -19,6 +19,7 @@ from gemma_hub.cli.extensions import CommandGroup
 from gemma_hub.cli.formats import formats
 from gemma_hub.cli.generate import generate
 from gemma_hub.cli.inspect import inspect
+from gemma_hub.cli.new_backend import new_backend
 from gemma_hub.cli.parity import parity
 from gemma_hub.cli.score import score
 from gemma_hub.cli.tag import tag
@@ -55,7 +56,7 @@ _Group.core = app
 
 _COMMANDS = (
     generate, score, classify, tag, tokenize, parity, verify, convert, inspect, formats, backends,
-    doctor,
+    doctor, new_backend,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -165,6 +165,8 @@ class Layers(Arithmetic):
         """(B, T, D), normed, to what the attention of layer `i` adds to the residual."""
         at = f"model.layers.{i}.self_attn"
         q, k, v = self.project(i, self.keep(f"{at}.x", x))
+        self.keep(f"{at}.q_proj", q)
+        self.keep(f"{at}.k_proj", k)
         angles = self.keep(f"{at}.angles", self.angles(positions, i))
         q, k, v = self.apply_positions(q, k, v, angles)
         if cache is not None:
@@ -174,7 +176,7 @@ class Layers(Arithmetic):
         scores = self.keep(f"{at}.scores", self.scores(q, k))
         probs = self.keep(f"{at}.probs", self.softmax(scores, visible))
         mixed = self.keep(f"{at}.mixed", self.mix(probs, v).reshape(*x.shape[:2], -1))
-        return self.linear(mixed, f"{at}.o_proj")
+        return self.keep(f"{at}.o_proj", self.linear(mixed, f"{at}.o_proj"))
 
     # -- feed-forward --------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class Layers(Arithmetic):
         active = self.keep(f"{at}.active", self.activation(gate))
         up = self.keep(f"{at}.up", self.linear(x, f"{at}.up_proj"))
         product = self.keep(f"{at}.product", self.store(active * up))
-        return self.linear(product, f"{at}.down_proj")
+        return self.keep(f"{at}.down_proj", self.linear(product, f"{at}.down_proj"))
 
     # -- one layer -----------------------------------------------------------------------------
 
