@@ -35,7 +35,7 @@ def tokens(count: int, seed: int, vocab_size: int = 131) -> tuple[int, ...]:
 
     Args:
         count: how many.
-        seed: which draw of this run; the run has a seed of its own, on which they depend too.
+        seed: which draw. Made while a case runs they depend on the run's seed too.
         vocab_size: ids are from 12 up to it.
     """
     rng = np.random.default_rng(entropy(seed, vocab_size))
