@@ -149,7 +149,8 @@ def _causes(subject: "Subject", report: "Report", oracle: "Oracle") -> "tuple[Di
         err().print(f"The diagnosis broke off: {type(error).__name__}: {error}", soft_wrap=True)
         return ()
     for cause in causes:
-        out().print(f"\n{cause.advice}\n{cause.text}", soft_wrap=True)
+        advice = "" if cause.advice in cause.text else f"{cause.advice}\n"
+        out().print(f"\n{advice}{cause.text}", soft_wrap=True)
     return causes
 
 
