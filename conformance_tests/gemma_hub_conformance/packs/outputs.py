@@ -74,9 +74,9 @@ def _split(stored: str, file: Path, golden: Pack) -> tuple[str, str]:
     if not slash or unit not in golden.units:
         hint = nearest(unit if slash else file.stem, golden.units)
         raise InputError(
-            f"{file} holds {stored!r}, which belongs to no unit of the pack. {hint} Call the file "
-            f"UNIT{_SUFFIX}, or the tensor UNIT/{stored}, with UNIT one of "
-            f"{', '.join(golden.units)}."
+            f"{file} holds {stored!r}, which belongs to no unit of the pack. {hint}"
+            f"{' ' if hint else ''}Call the file UNIT{_SUFFIX}, or the tensor UNIT/{stored}, with "
+            f"UNIT one of {', '.join(golden.units)}."
         )
     return unit, name
 
