@@ -23,10 +23,10 @@ TEXT = "a king  had <end_of_turn> €\n\n   son▁"
 def refused(content, words: str) -> None:
     """That a tokenizer.json is refused in these words, and quickly."""
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TokenizerError, match=words):
         GemmaTokenizerFast(data)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def changed(content, old, new):
@@ -64,7 +64,7 @@ for i in range(int(count)):
             data[place:place] = bytes([draw.choice([0, 10, 255, 127, 48])]) * draw.randrange(1, 5)
     results = []
     for kind in kinds:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             tok = kind(bytes(data))
             ids = tok.encode("a king  had <end_of_turn> \\n \U0001f9d9", allow_special=i % 2 == 0)
@@ -72,7 +72,7 @@ for i in range(int(count)):
             loaded += 1
         except TokenizerError as error:
             results.append(str(error))
-        if time.perf_counter() - start > 1:
+        if time.process_time() - start > 1:
             print("slow")
     if len(kinds) == 2 and results[0] != results[1]:
         print("unlike", results)
@@ -178,10 +178,10 @@ def test_a_model_with_a_wrong_piece_is_refused(kind, model, place, new, words):
     records, settings = taken_apart(model)
     assert b"".join(records) + settings == model
     records[place] = new
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TokenizerError, match=words):
         kind(b"".join(records) + settings)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_fields_of_a_model_in_any_order_and_kind_are_what_they_are_for_sentencepiece(model):

@@ -67,10 +67,10 @@ TEXT = "a king  had <end_of_turn> €\n\n   son▁"
 )  # fmt: skip
 def test_wrong_settings_are_named_with_their_file(folder, kind, config, words):
     (folder / "tokenizer_config.json").write_text(config, "utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TokenizerError, match=words) as caught:
         kind.from_pretrained(folder)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert str(folder) in str(caught.value)
 
 

@@ -259,11 +259,11 @@ HOSTILE = {
 @pytest.mark.parametrize("reason", HOSTILE)
 def test_hostile_files(reason, tmp_path):
     path = file_of(HOSTILE[reason], tmp_path / "flax_model.msgpack")
-    start = time.perf_counter()
+    start = time.process_time()
     pattern = "complete msgpack" if reason == "no complete msgpack" else reason
     with pytest.raises(CheckpointError, match=f"flax_model.msgpack.*{pattern}"):
         MsgpackFile(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_good_ones_are_good(tmp_path):
@@ -277,10 +277,10 @@ def test_the_good_ones_are_good(tmp_path):
 def test_many_entries_are_refused_in_time(tmp_path):
     small = packed(np.zeros(0, np.float16))
     path = file_of({f"{i:x}": small for i in range(300_000)}, tmp_path / "x.msgpack")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="more than 10,000 values"):
         MsgpackFile(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_every_type_and_its_bytes(tmp_path):
@@ -370,10 +370,10 @@ def test_a_config_of_far_too_many_layers(make_opened, tmp_path):
     folder = written(opened, tmp_path / "flax")
     config = dataclasses.replace(opened.config, num_hidden_layers=10_000)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=r"29 arrays, and its config 10,000 layers"):
         FLAX.open(folder)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert "10000 layers" in FLAX.objections(config, "base", PLAIN)[0]
 
 

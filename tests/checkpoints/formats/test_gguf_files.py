@@ -146,10 +146,10 @@ HOSTILE = {
 def test_hostile_headers(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(HOSTILE[case])
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=r"GGUF|types that are not read"):
         Gguf().open(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_many_real_values_take_no_second(tmp_path: Path) -> None:
@@ -158,10 +158,10 @@ def test_many_real_values_take_no_second(tmp_path: Path) -> None:
     keys = b"".join(text(b"%d" % i) + struct.pack("<IB", 0, 1) for i in range(9_999))
     texts = text(b"k") + array(8, 1_000_000) + bytes(8 * 1_000_000)
     path.write_bytes(header(n_keys=10_000) + keys + texts)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="architecture None"):
         Gguf().open(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 VALUES: dict[str, Any] = {
@@ -203,14 +203,14 @@ def test_values_of_another_kind(
     monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path / "cache"))
     for value in VALUES.values():
         path = with_value(model, key, value)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             notes = Gguf().open(path).notes
         except CheckpointError as error:
             assert len(str(error)) < 2_000  # noqa: PT017
         else:
             assert sum(map(len, notes)) < 2_000
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 def with_value(path: Path, key: str, value: Any) -> Path:

@@ -80,9 +80,9 @@ def test_the_vocabulary_comes_back(make_opened: Make, tmp_path: Path, source: Pa
     original = encoder(source)
     opened = make_opened("mqa", "bfloat16", vocab_size=original.get_piece_size())
     path = written(opened, tmp_path / "out", tokenizer__model=source)
-    start = time.perf_counter()
+    start = time.process_time()
     found = Gguf().open(path)
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     assert not found.notes
     model = found.files["tokenizer.model"]
     back = encoder(model)

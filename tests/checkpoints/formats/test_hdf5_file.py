@@ -258,10 +258,10 @@ FILES = {
 
 
 def refused(path, reason):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"{path.name}.*({reason})"):
         Hdf5File(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("kind", FILES)
