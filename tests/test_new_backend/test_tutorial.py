@@ -18,6 +18,7 @@ from gemma_hub.cli.app import app
 if importlib.util.find_spec("gemma_hub_conformance") is None:
     pytest.skip("the conformance suite is not installed", allow_module_level=True)
 
+from gemma_hub_conformance.diagnosis import diagnose
 from gemma_hub_conformance.engine import load_subject, run_conformance
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.report import Report, Verdict
@@ -178,14 +179,16 @@ class Reader:
         raise AssertionError(f"The test does not know the command {command}.")
 
     def judge(self, ids: list[str]) -> str:
-        report = run_conformance(load_subject("abacus"), ids or None, oracle=self.oracle)
+        subject = load_subject("abacus")
+        report = run_conformance(subject, ids or None, oracle=self.oracle)
         self.reports.append(report)
         failed = [
             f"{result.id}: {result.message}"
             for result in report.results
             if result.verdict in (Verdict.FAIL, Verdict.ERROR)
         ]
-        return "\n".join([*failed, report.summary])
+        causes = diagnose(subject, report, self.oracle) if failed else ()
+        return "\n".join([*failed, report.summary, *(cause.text for cause in causes)])
 
     def test(self) -> str:
         """The distribution's own tests, of which a few stand for all."""
