@@ -184,6 +184,12 @@ def test_a_certificate_that_is_none(tmp_path, text, says):
         read_certificate(tmp_path / "certificate.json")
 
 
+def test_a_certificate_that_is_not_there(tmp_path):
+    path = tmp_path / "certificate.json"
+    with pytest.raises(InputError, match=r"certificate\.json cannot be read"):
+        read_certificate(path)
+
+
 def test_a_certificate_says_what_has_changed(certified, tmp_path):
     path = tmp_path / "certificate.json"
     content = certificate.content(certified)

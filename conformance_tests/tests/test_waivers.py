@@ -58,7 +58,10 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_waivers(tmp_path / "waivers.toml")
     (tmp_path / "waivers.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is not TOML"):
+    with pytest.raises(InputError, match="is not UTF-8"):
+        read_waivers(tmp_path / "waivers.toml")
+    (tmp_path / "waivers.toml").write_bytes(b"#" * (1 << 21))
+    with pytest.raises(InputError, match="more than 1,048,576 bytes"):
         read_waivers(tmp_path / "waivers.toml")
 
 

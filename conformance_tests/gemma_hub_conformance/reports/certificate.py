@@ -14,9 +14,9 @@ from typing import Any
 from gemma_hub.errors import InputError
 from gemma_hub_conformance.profiles import PROFILES, manifest
 from gemma_hub_conformance.report import Report
+from gemma_hub_conformance.small_file import small_text
 
 _SCHEMA = 1
-_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,9 @@ def read_certificate(path: Path) -> Certificate:
     Raises:
         InputError: it cannot be read, or is none.
     """
+    text = small_text(path)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path} has more than {_MAX_BYTES:,} bytes; it is no certificate.")
-        raw = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
     if not isinstance(raw, dict) or raw.get("schema") != _SCHEMA:

@@ -46,6 +46,22 @@ VALUES = [*NUMBERS, *WORDS, None, [], {}, [1], [0], [4, 4], [2**40, 2**40], {"dr
 
 # -- the checkpoints -------------------------------------------------------------------------------
 
+DATABASE = {"max_inline_value_bytes": 1}
+# What Orbax makes of its settings, and what it made once.
+KINDS = {
+    "files, zarr 2": {},
+    "files, zarr 2, chunks": {"rows": 2},
+    "files, zarr 2, gzip": {"compression": "gzip"},
+    "files, zarr 2, raw chunks": {"compression": None, "rows": 1},
+    "files, zarr 3": {"version": 3},
+    "files, zarr 3, shards": {"version": 3, "rows": 2, "shard_rows": 1},
+    "files, zarr 3, raw": {"version": 3, "compression": None},
+    "database, zarr 2": {"database": {"max_inline_value_bytes": 1024}},
+    "database, zarr 2, chunks": {"database": DATABASE, "rows": 2},
+    "database, zarr 2, raw": {"database": DATABASE, "compression": None},
+    "database, zarr 3": {"database": DATABASE, "version": 3},
+}
+
 
 def source() -> Opened:
     config = GemmaConfig(
