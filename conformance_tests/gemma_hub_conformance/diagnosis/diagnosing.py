@@ -26,6 +26,7 @@ MAX_CAUSES = 3
 MAX_SECONDS = 15.0
 """After so many no further cause is looked for."""
 
+_UNLIKE = 0.995  # share of the errors that a bug leaves unexplained; naming it would mislead
 _INPUTS_TRIED = 12  # a case has up to 18; the first that fails is taken
 _LEVELS = (2, 5, 1, 3, 4)  # the ones whose failures say most come first
 
@@ -211,7 +212,7 @@ def _unstable(case: str) -> Diagnosis:
 
 
 def _match_text(best: Match | None, only_there: int | None) -> str:
-    if best is None:
+    if best is None or best.misfit >= _UNLIKE:
         return "no known bug fails like this."
     where = "" if only_there is None else f" (in layer {only_there} only)"
     if best.fits:
