@@ -29,7 +29,7 @@ def megabyte() -> str:
 PATIENCE = 5
 
 
-def ratio(ours, theirs, rounds: int) -> float:
+def ratio(ours, theirs, rounds: int, limit: float = WITHIN) -> float:
     """Of the quickest of several runs in turn: what else the machine does only slows them.
 
     On a machine that is busy throughout, one of the two may have no quiet run among the first, so
@@ -41,7 +41,7 @@ def ratio(ours, theirs, rounds: int) -> float:
             start = time.perf_counter()
             run()
             best[i] = min(best[i], time.perf_counter() - start)
-        if count >= rounds and best[0] / best[1] < WITHIN:
+        if count >= rounds and best[0] / best[1] < limit:
             break
     return best[0] / best[1]
 
@@ -84,5 +84,5 @@ def test_converting_a_tokenizer_model_takes_three_loads_once(saved, gemma_1, tmp
 
     # A load takes one second on a machine where the conversion is to take under three.
     load = lambda: tokenizers.Tokenizer.from_file(str(saved))  # noqa: E731
-    assert ratio(convert, load, 3) < 3
-    assert ratio(lambda: GemmaTokenizerFast(content), load, 2) < 1.6
+    assert ratio(convert, load, 3, 3.0) < 3
+    assert ratio(lambda: GemmaTokenizerFast(content), load, 2, 1.6) < 1.6
