@@ -80,6 +80,11 @@ class PluginRegistry:
         """Never import a plug-in that is known to do harm. No use once plug-ins are imported."""
         self._quarantined[candidate.owner, candidate.name] = failure
 
+    @property
+    def is_discovered(self) -> bool:
+        """Whether the plug-ins have been imported."""
+        return self._is_discovered
+
     # -- questions -----------------------------------------------------------------------------
 
     def plugins(self) -> tuple[PluginInfo, ...]:
