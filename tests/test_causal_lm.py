@@ -270,6 +270,63 @@ def test_a_streams_errors_come_in_the_call(lm, prompt, settings, words):
         lm.stream(prompt, **settings)
 
 
+# -- stop texts and rules --------------------------------------------------------------------------
+
+
+def test_a_stop_text_ends_the_row_and_is_not_in_the_text(scripted):
+    lm, count = scripted(" and", " the queen")
+    free = lm.generate(TEXT, max_new_tokens=count)
+    assert free.text == " and the queen"
+    made = lm.generate(TEXT, max_new_tokens=count, stop=["d t", "x"])
+    assert (made.text, made.finish_reason) == (" an", "stop")
+    assert made.token_ids == free.token_ids[: len(made.token_ids)]
+    assert len(made.token_ids) < count
+
+
+def test_a_stream_stops_where_generate_does(scripted):
+    lm, count = scripted(" and", " the queen")
+    for stop in ("d t", "queen", "qu", "none of it"):
+        pieces = list(lm.stream(TEXT, max_new_tokens=count, stop=stop))
+        made = lm.generate(TEXT, max_new_tokens=count, stop=stop)
+        assert "".join(piece.text for piece in pieces) == made.text
+        assert pieces[-1].finish_reason == made.finish_reason
+
+
+def test_each_row_stops_by_itself(lm):
+    prompts = [TEXT, "a small dog", "the queen"]
+    free = lm.generate(prompts, **SAMPLED)
+    stop = free[0].text[2:4]
+    stopped = lm.generate(prompts, stop=stop, **SAMPLED)
+    assert [each.text for each in stopped] == [each.text.partition(stop)[0] for each in free]
+    assert stopped[0].finish_reason == "stop"
+
+
+def test_bad_words_may_be_texts(lm):
+    free = lm.generate(TEXT, **SAMPLED)
+    word = lm.tokenizer.decode([free.token_ids[2]])
+    forbidden = lm.generate(TEXT, bad_words=[word], **SAMPLED)
+    assert forbidden.token_ids[:2] == free.token_ids[:2]
+    assert forbidden.token_ids[2] != free.token_ids[2]
+
+
+def test_continuations_of_a_prompt_are_together(lm):
+    alone = lm.generate(TEXT, num_return_sequences=2, **SAMPLED)
+    both = lm.generate([TEXT, "the queen"], num_return_sequences=2, **SAMPLED)
+    assert both[:2] == alone
+    assert len({each.text for each in both}) == 4
+    assert [each.prompt_token_ids == alone[0].prompt_token_ids for each in both] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
+def test_a_stream_and_a_chat_have_one_text(lm):
+    several = {"num_return_sequences": 2, "temperature": 1.0}
+    with pytest.raises(InputError, match="num_return_sequences is 2; a stream has one text"):
+        lm.stream(TEXT, **several)
+    with pytest.raises(InputError, match="num_return_sequences is no setting of a chat"):
+        lm.chat([{"role": "user", "content": TEXT}], **several)
+
+
 # -- conversations ---------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "the <end_of_turn>"}]

@@ -42,6 +42,27 @@ def generate(
         float | None,
         typer.Option(help="Draw from the fewest tokens that together are this probable."),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from tokens at least this times as probable as the first."),
+    ] = None,
+    typical_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the least surprising tokens that together are this probable."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that are there already become less probable.")
+    ] = 1.0,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No sequence of so many tokens comes twice.")
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Do not end before this many new tokens.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be given several times."),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Of the draws: the same seed, the same text.", show_default="random"),
@@ -65,6 +86,12 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        typical_p=typical_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_new_tokens=min_new_tokens,
+        stop=stop or (),
         seed=seed,
     )
     if prompt == "-":
@@ -98,8 +125,10 @@ def _write_prompt(prompt: str) -> None:
 
 
 def _keywords(settings: "GenerationSettings") -> dict[str, object]:
-    given = dataclasses.asdict(settings)
-    return {name: value for name, value in given.items() if value is not None}
+    """What differs from the defaults."""
+    fields = dataclasses.fields(settings)
+    given = {field.name: (getattr(settings, field.name), field.default) for field in fields}
+    return {name: value for name, (value, default) in given.items() if value != default}
 
 
 def _write_pieces(pieces: "Iterator[TextPiece]") -> int:

@@ -5,7 +5,7 @@ A row's tokens depend on its prompt, the settings and its index in the request: 
 rows, the padding or the size of the cache.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,10 +15,14 @@ from gemma_hub.backend import Model, SupportsCache
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError
 from gemma_hub.generation.random import uniform
-from gemma_hub.generation.sampling import choose, log_probabilities
+from gemma_hub.generation.rules import Row, apply_rules, check_ids
+from gemma_hub.generation.sampling import check_logits, choose, log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import FinishReason
+
+Ends = Callable[[int, int], bool]
+"""(row, id of its new token) -> whether the row ends with it; called once for each, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class NewToken:
     """One new token of one row.
 
     Attributes:
-        row: index of the prompt in the request.
+        row: index of the row in the request: of its prompt, where each has one continuation.
         token_id: the id.
         finish_reason: set on the row's last token only.
         logprob: natural-log probability before temperature and filters, where asked for.
@@ -52,10 +56,11 @@ def generate_ids(
     config: GemmaConfig,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
+    ends: Ends | None = None,
 ) -> list[GeneratedIds]:
-    """The continuation of each prompt; arguments and errors are those of `stream_ids`."""
-    rows: list[list[NewToken]] = [[] for _ in prompts]
-    for token in stream_ids(model, config, prompts, settings):
+    """The continuations, all of a prompt together; arguments and errors are as in `stream_ids`."""
+    rows: list[list[NewToken]] = [[] for _ in prompts for _ in range(settings.num_return_sequences)]
+    for token in stream_ids(model, config, prompts, settings, ends):
         rows[token.row].append(token)
     return [_record(row) for row in rows]
 
@@ -65,6 +70,7 @@ def stream_ids(
     config: GemmaConfig,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
+    ends: Ends | None = None,
 ) -> Iterator[NewToken]:
     """New tokens as they are chosen: step by step, and by row within a step.
 
@@ -75,24 +81,23 @@ def stream_ids(
         model: any backend's; one without a cache runs the whole sequence again at every step.
         config: the model's.
         prompts: token ids without padding, one sequence a row.
-        settings: `eos_token_ids` of None means those of `config`.
+        settings: `eos_token_ids` of None means those of `config`. The texts of `stop` are for
+            `ends`, which knows a row's text.
+        ends: ends rows at more than the stop ids.
 
     Raises:
-        InputError: a prompt is empty or holds something that is no id of the vocabulary.
+        InputError: a prompt is empty, or holds something that is no id of the vocabulary, or a
+            setting does.
         CapacityError: a prompt and its new tokens need more positions than the model has.
     """
-    rows = [
+    checked = [
         _checked_prompt(row, prompt, config, settings.max_new_tokens)
         for row, prompt in enumerate(prompts)
     ]
-    stops = config.eos_token_ids if settings.eos_token_ids is None else settings.eos_token_ids
-    for token_id in stops:
-        if token_id >= config.vocab_size:
-            raise InputError(
-                f"eos_token_id {token_id} is not in the vocabulary; expected 0 to "
-                f"{config.vocab_size - 1}."
-            )
-    return _steps(model, config, rows, settings, stops) if rows else iter(())
+    check_ids(settings, config.vocab_size)
+    each = settings.num_return_sequences
+    rows = [Row(index, checked[index // each]) for index in range(len(checked) * each)]
+    return _steps(model, config, rows, settings, ends) if rows else iter(())
 
 
 def _checked_prompt(
@@ -128,34 +133,58 @@ def _checked_prompt(
 def _steps(
     model: Model,
     config: GemmaConfig,
-    prompts: list[np.ndarray],
+    rows: list[Row],
     settings: GenerationSettings,
-    stops: tuple[int, ...],
+    ends: Ends | None,
 ) -> Iterator[NewToken]:
+    stops = config.eos_token_ids if settings.eos_token_ids is None else settings.eos_token_ids
     pad = config.pad_token_id or 0
-    ids, mask = _left_padded(prompts, pad)
+    ids, mask = _left_padded([row.prompt for row in rows], pad)
     capacity = ids.shape[1] + settings.max_new_tokens - 1
     context: _Context = (
-        _CachedContext(model, config, len(prompts), capacity)
+        _CachedContext(model, config, len(rows), capacity)
         if isinstance(model, SupportsCache)
         else _WholeContext(model, config)
     )
-    running = np.ones(len(prompts), np.bool_)
+    running = np.ones(len(rows), np.bool_)
     for step in range(settings.max_new_tokens):
         # What a finished row's logits are is nobody's business; zeros pass every check.
         logits = np.where(running[:, None], context.next_logits(ids, mask), 0.0)
-        chosen = choose(logits, settings, _uniforms(settings, len(prompts), step), step=step)
+        chosen = _chosen(logits, rows, running, settings, stops, step)
         logprobs = log_probabilities(logits, chosen) if settings.logprobs else None
         stopped = np.isin(chosen, stops)
         is_last = step == settings.max_new_tokens - 1
-        for row in np.flatnonzero(running):
-            reason: FinishReason | None = "stop" if stopped[row] else "length" if is_last else None
-            logprob = None if logprobs is None else float(logprobs[row])
-            yield NewToken(int(row), int(chosen[row]), reason, logprob)
+        for index in np.flatnonzero(running):
+            token_id = int(chosen[index])
+            rows[index].new.append(token_id)
+            if ends is not None:
+                stopped[index] |= ends(int(index), token_id)
+            reason: FinishReason | None = (
+                "stop" if stopped[index] else "length" if is_last else None
+            )
+            logprob = None if logprobs is None else float(logprobs[index])
+            yield NewToken(int(index), token_id, reason, logprob)
         running = running & ~stopped
         if not running.any():
             return
         ids, mask = np.where(running, chosen, pad)[:, None], running[:, None]
+
+
+def _chosen(
+    logits: np.ndarray,
+    rows: list[Row],
+    running: np.ndarray,
+    settings: GenerationSettings,
+    stops: tuple[int, ...],
+    step: int,
+) -> np.ndarray:
+    """(B,) the next token of each row; anything where a row has ended."""
+    if settings.has_rules:
+        check_logits(logits, step)  # so that a rule is not blamed for what the model did
+        live = np.flatnonzero(running)
+        logits = logits.astype(np.float64)
+        logits[live] = apply_rules(logits[live], [rows[index] for index in live], settings, stops)
+    return choose(logits, settings, _uniforms(settings, len(rows), step), step=step)
 
 
 def _uniforms(settings: GenerationSettings, rows: int, step: int) -> np.ndarray | None:

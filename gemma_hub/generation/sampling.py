@@ -1,6 +1,7 @@
 """The sampling rules, in NumPy and float64: what every backend must compute.
 
-Order: temperature, top_k, top_p, then one draw. Wherever two tokens are equal, the lower id wins.
+Order: temperature, top_k, top_p, min_p, typical_p, then one draw. Wherever two tokens are equal,
+the lower id wins. What comes before is in `gemma_hub.generation.rules`.
 """
 
 import numpy as np
@@ -23,7 +24,7 @@ def choose(
 
     Args:
         logits: (B, V) of any floating type; -inf forbids a token.
-        settings: temperature, top_k and top_p.
+        settings: temperature, top_k, top_p, min_p and typical_p.
         uniform: (B,) numbers from 0 to below 1; not read at temperature 0.
         step: index of the new token, for the error message only.
 
@@ -33,7 +34,7 @@ def choose(
     Raises:
         GemmaHubError: a row holds NaN or +inf, or nothing but -inf.
     """
-    _check_logits(logits, step)
+    check_logits(logits, step)
     if settings.temperature == 0:
         return np.asarray(np.argmax(logits, axis=1))
     if uniform is None:
@@ -44,7 +45,7 @@ def choose(
 
 
 def kept_weights(logits: np.ndarray, settings: GenerationSettings) -> np.ndarray:
-    """(B, V) float64 weights after temperature, top_k and top_p: 0 where a token is dropped.
+    """(B, V) float64 weights after temperature and every filter: 0 where a token is dropped.
 
     A row's largest weight is 1; divide by the row's sum for probabilities.
     """
@@ -57,10 +58,13 @@ def kept_weights(logits: np.ndarray, settings: GenerationSettings) -> np.ndarray
         scores = _keep_largest(scores, np.full(len(scores), settings.top_k))
     if settings.top_p is not None and settings.top_p < 1:
         cumulative = np.cumsum(np.exp(_descending(scores)), axis=1)
-        reached = settings.top_p * cumulative[:, -1:]
-        # Every token before the sum reaches top_p, and the one that makes it reach.
-        scores = _keep_largest(scores, np.sum(cumulative < reached, axis=1) + 1)
-    return np.asarray(np.exp(scores))
+        scores = _keep_largest(scores, _fewest(cumulative, settings.top_p))
+    weights = np.exp(scores)
+    if settings.min_p is not None:
+        weights = np.where(weights >= settings.min_p, weights, 0.0)
+    if settings.typical_p is not None and settings.typical_p < 1:
+        weights = _keep_typical(weights, settings.typical_p)
+    return np.asarray(weights)
 
 
 def log_probabilities(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
@@ -69,6 +73,30 @@ def log_probabilities(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     scores -= scores.max(axis=1, keepdims=True)
     chosen = np.take_along_axis(scores, token_ids[:, None], axis=1)[:, 0]
     return np.asarray(chosen - np.log(np.exp(scores).sum(axis=1)))
+
+
+def _keep_typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
+    """The fewest tokens of each row whose surprise is nearest to the expected one, as `weights`.
+
+    Meister et al., "Locally typical sampling" (2022).
+    """
+    share = weights / weights.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        surprise = -np.log(share)
+        expected = np.where(share > 0, share * surprise, 0.0).sum(axis=1, keepdims=True)
+    # A stable sort, so that the lower id comes first of equal ones.
+    order = np.argsort(np.abs(surprise - expected), axis=1, kind="stable")
+    cumulative = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
+    is_kept = np.arange(weights.shape[1]) < _fewest(cumulative, typical_p)[:, None]
+    kept = np.zeros_like(weights)
+    np.put_along_axis(kept, order, np.take_along_axis(weights, order, axis=1) * is_kept, axis=1)
+    return kept
+
+
+def _fewest(cumulative: np.ndarray, share: float) -> np.ndarray:
+    """(B,) how many tokens it takes until the sum reaches `share` of the whole."""
+    # Every token before the sum reaches it, and the one that makes it reach.
+    return np.asarray(np.sum(cumulative < share * cumulative[:, -1:], axis=1) + 1)
 
 
 def _keep_largest(scores: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -84,7 +112,12 @@ def _descending(scores: np.ndarray) -> np.ndarray:
     return np.sort(scores, axis=1)[:, ::-1]
 
 
-def _check_logits(logits: np.ndarray, step: int) -> None:
+def check_logits(logits: np.ndarray, step: int) -> None:
+    """Refuse (B, V) logits that no token can be chosen from.
+
+    Raises:
+        GemmaHubError: a row holds NaN or +inf, or nothing but -inf.
+    """
     # The maximum alone tells: it is NaN, +inf, or -inf exactly for the three kinds of bad row.
     largest = logits.max(axis=1)
     bad = np.flatnonzero(~np.isfinite(largest))

@@ -1,33 +1,57 @@
 """GenerationSettings: how tokens are chosen and when to stop, checked on construction."""
 
 import dataclasses
-import math
-import numbers
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
+
+import numpy as np
 
 from gemma_hub.errors import InputError, nearest
+from gemma_hub.generation import setting_checks as check
 
 _SEED_BITS = 64
+
+AllowedTokens = Callable[[int, np.ndarray], Iterable[int]]
+"""(row, ids of its prompt and new tokens) -> the ids that may come next."""
+
+Processor = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""(row, ids of its prompt and new tokens, (V,) float64 logits) -> other (V,) logits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSettings:
-    """What a call of `generate` or `stream` may choose.
+    """What a call of `generate` or `stream` may choose. docs/reference/generation.md has the rules.
 
     Attributes:
         max_new_tokens: stop after this many new tokens, the stop token included.
+        min_new_tokens: the stop ids are forbidden before there are so many; None for none.
         temperature: logits are divided by it; 0 takes the most probable token (greedy), and then
-            `top_k`, `top_p` and `seed` have no effect.
+            `top_k`, `top_p`, `min_p`, `typical_p` and `seed` have no effect.
         top_k: keep exactly this many of the most probable tokens; None for all.
         top_p: of those keep the fewest most probable ones whose probabilities reach this sum;
             None or 1 for all.
+        min_p: of those keep the ones at least this times as probable as the most probable one;
+            None for all.
+        typical_p: of those keep the fewest whose surprise is nearest to the expected one and whose
+            probabilities reach this sum; None or 1 for all.
+        logit_bias: {id: what is added to its logit}; -inf forbids it. Read it as `biases`.
+        repetition_penalty: logits of tokens that are in the row already, the prompt included, are
+            divided by it where they are positive and multiplied where they are negative; 1 is off.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice in a row; None is off.
+        bad_words: texts, or sequences of ids, that never come. Read them as `bad_word_ids`.
+        allowed_tokens: called for each new token with the row's index and its ids so far; only the
+            ids that it returns may come next.
+        processors: called after all other rules, in order, with the row's index, its ids so far and
+            its logits; each returns the logits to go on with.
         seed: 0 to 2**64 - 1, the key of the random bits. None with a temperature above 0 draws one
             from the operating system, once; it can be read here afterwards.
         eos_token_id: an id, or several, after which a row stops; None for the checkpoint's own, an
             empty sequence for none. Read it as `eos_token_ids`.
+        stop: a text, or several, at which a row stops. The text ends before it. Read it as
+            `stop_texts`.
+        num_return_sequences: continuations of each prompt.
         logprobs: also return the log-probability of each new token.
 
     Raises:
@@ -35,46 +59,111 @@ class GenerationSettings:
     """
 
     max_new_tokens: int = 64
+    min_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int | None = None
+    bad_words: Iterable[str | Iterable[int]] = ()
+    allowed_tokens: AllowedTokens | None = None
+    processors: Sequence[Processor] = ()
     seed: int | None = None
     eos_token_id: int | Iterable[int] | None = None
+    stop: str | Iterable[str] = ()
+    num_return_sequences: int = 1
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        checked: dict[str, Any] = {
-            "max_new_tokens": _integer("max_new_tokens", self.max_new_tokens, 1),
-            "temperature": _real("temperature", self.temperature, "a finite number from 0 up"),
-            "eos_token_id": _token_ids(self.eos_token_id),
+        for name, checked in self._checks().items():
+            value = getattr(self, name)
+            if value is not None or name in _REQUIRED:
+                object.__setattr__(self, name, checked(name, value))
+        self._check_together()
+        if self.seed is None and self.temperature > 0:
+            object.__setattr__(self, "seed", secrets.randbits(_SEED_BITS))
+
+    @staticmethod
+    def _checks() -> dict[str, Callable[[str, Any], Any]]:
+        return {
+            "max_new_tokens": lambda name, value: check.integer(name, value, 1),
+            "min_new_tokens": lambda name, value: check.integer(name, value, 1),
+            "temperature": _temperature,
+            "top_k": lambda name, value: check.integer(name, value, 1, "None keeps every token"),
+            "top_p": lambda name, value: check.share(
+                name, value, "For greedy generation use temperature=0."
+            ),
+            "min_p": check.share,
+            "typical_p": check.share,
+            "logit_bias": check.biases,
+            "repetition_penalty": _penalty,
+            "no_repeat_ngram_size": lambda name, value: check.integer(name, value, 1),
+            "bad_words": check.bad_words,
+            "allowed_tokens": check.function,
+            "processors": check.functions,
+            "seed": _seed,
+            "eos_token_id": check.token_ids,
+            "stop": check.texts,
+            "num_return_sequences": lambda name, value: check.integer(name, value, 1),
+            "logprobs": _flag,
         }
-        if checked["temperature"] < 0:
-            raise InputError(f"temperature is {self.temperature!r}; expected a number from 0 up.")
-        if self.top_k is not None:
-            checked["top_k"] = _integer("top_k", self.top_k, 1, "None keeps every token")
-        if self.top_p is not None:
-            checked["top_p"] = _real("top_p", self.top_p, "a number above 0 and up to 1")
-            if not 0 < checked["top_p"] <= 1:
-                raise InputError(
-                    f"top_p is {self.top_p!r}; expected a number above 0 and up to 1. For greedy "
-                    "generation use temperature=0."
-                )
-        if self.seed is not None:
-            checked["seed"] = _integer("seed", self.seed, 0)
-            if checked["seed"].bit_length() > _SEED_BITS:
-                raise InputError(f"seed is {self.seed!r}; expected an integer below 2**64.")
-        elif checked["temperature"] > 0:
-            checked["seed"] = secrets.randbits(_SEED_BITS)
-        if type(self.logprobs) is not bool:
-            raise InputError(f"logprobs is {self.logprobs!r}; expected True or False.")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+
+    def _check_together(self) -> None:
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is "
+                f"{self.max_new_tokens}; expected at most as many."
+            )
+        if self.num_return_sequences > 1 and self.temperature == 0:
+            raise InputError(
+                f"num_return_sequences is {self.num_return_sequences} and temperature is 0, so "
+                "that all would be equal; give a temperature above 0."
+            )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...] | None:
         """The ids that stop a row; None where the checkpoint's own apply."""
         ids = self.eos_token_id
-        return ids if ids is None or isinstance(ids, tuple) else _token_ids(ids)
+        return ids if ids is None or isinstance(ids, tuple) else check.token_ids("", ids)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(id, what is added to its logit) of each id that has a bias."""
+        return cast(tuple[tuple[int, float], ...], self.logit_bias)
+
+    @property
+    def bad_word_ids(self) -> tuple[tuple[int, ...], ...]:
+        """The bad words as ids.
+
+        Raises:
+            InputError: one is a text, which only a task with a tokenizer takes.
+        """
+        words = cast(tuple[check.BadWord, ...], self.bad_words)
+        for word in words:
+            if isinstance(word, str):
+                raise InputError(f"bad_words has the text {word!r}; without a tokenizer give ids.")
+        return cast(tuple[tuple[int, ...], ...], words)
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts at which a row stops."""
+        return cast(tuple[str, ...], self.stop)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything changes the logits before temperature and filters do."""
+        return bool(
+            self.min_new_tokens
+            or self.logit_bias
+            or self.repetition_penalty != 1
+            or self.no_repeat_ngram_size
+            or self.bad_words
+            or self.allowed_tokens
+            or self.processors
+        )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -94,26 +183,33 @@ class GenerationSettings:
         return cls(**settings)
 
 
-def _integer(name: str, value: Any, least: int, hint: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        advice = f" {hint}." if hint else ""
-        raise InputError(f"{name} is {value!r}; expected an integer from {least} up.{advice}")
-    return int(value)
+_REQUIRED = {
+    field.name for field in dataclasses.fields(GenerationSettings) if field.default is not None
+}
 
 
-def _real(name: str, value: Any, expected: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not math.isfinite(float(value))
-    ):
-        raise InputError(f"{name} is {value!r}; expected {expected}.")
-    return float(value)
+def _temperature(name: str, value: Any) -> float:
+    checked = check.real(name, value, "a finite number from 0 up")
+    if checked < 0:
+        raise InputError(f"{name} is {value!r}; expected a number from 0 up.")
+    return checked
 
 
-def _token_ids(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        value = (value,)
-    return tuple(_integer("eos_token_id", token_id, 0) for token_id in value)
+def _penalty(name: str, value: Any) -> float:
+    checked = check.real(name, value, "a number above 0")
+    if checked <= 0:
+        raise InputError(f"{name} is {value!r}; expected a number above 0. 1 is off.")
+    return checked
+
+
+def _seed(name: str, value: Any) -> int:
+    checked = check.integer(name, value, 0)
+    if checked.bit_length() > _SEED_BITS:
+        raise InputError(f"{name} is {value!r}; expected an integer below 2**64.")
+    return checked
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise InputError(f"{name} is {value!r}; expected True or False.")
+    return value

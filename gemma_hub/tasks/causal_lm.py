@@ -9,9 +9,10 @@ import numpy as np
 from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, TokenizerError
-from gemma_hub.generation.loop import GeneratedIds, NewToken, generate_ids, stream_ids
+from gemma_hub.generation.loop import Ends, GeneratedIds, NewToken, generate_ids, stream_ids
 from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
+from gemma_hub.generation.stopping import StoppedText
 from gemma_hub.outputs import Generation, ModelOutputs, Score, TextPiece
 from gemma_hub.tasks.loaded_model import BATCH_SIZE, LoadedModel
 from gemma_hub.tokenizers import IncrementalDecoder, SupportsChat, Tokenizer
@@ -78,25 +79,30 @@ class CausalLM(LoadedModel):
                 are.
             attention_mask: as `input_ids`, 0 at padding, which is left out wherever it stands.
             **settings: fields of `gemma_hub.generation.settings.GenerationSettings`, such as
-                max_new_tokens, temperature, top_k, top_p, seed, eos_token_id, logprobs.
+                max_new_tokens, temperature, top_k, top_p, seed, stop, logprobs.
 
         Returns:
-            One `Generation` for one text, else a list with one for each row.
+            One `Generation` for one text, else a list with one for each row. With
+            num_return_sequences above 1 a list, in which those of a prompt are together.
 
         Raises:
             InputError: a setting or an id is wrong.
             CapacityError: a prompt and its new tokens need more positions than the model has.
-            TokenizerError: a text is given and the checkpoint has no tokenizer.
+            TokenizerError: a text is given, here or in a setting, and the checkpoint has no
+                tokenizer.
         """
         checked = self._settings(settings)
         prompts = self._prompts(prompt, input_ids, attention_mask)
-        results = generate_ids(self.contract, self.config, prompts, checked)
+        each = checked.num_return_sequences
+        texts = self._stopped_texts(checked, len(prompts) * each)
+        ends = _ends(texts) if texts else None
+        results = generate_ids(self.contract, self.config, prompts, checked, ends)
         seed = checked.seed if checked.temperature > 0 else None
         generations = [
-            self._generation(ids, result, seed)
-            for ids, result in zip(prompts, results, strict=True)
+            self._generation(prompts[row // each], result, seed, texts[row] if texts else None)
+            for row, result in enumerate(results)
         ]
-        return generations[0] if isinstance(prompt, str) else generations
+        return generations[0] if isinstance(prompt, str) and each == 1 else generations
 
     def stream(self, prompt: str, **settings: Any) -> Iterator[TextPiece]:
         """Continue a text piece by piece.
@@ -120,9 +126,28 @@ class CausalLM(LoadedModel):
     def _streamed(
         self, prompts: list[list[int]], settings: GenerationSettings
     ) -> Iterator[TextPiece]:
-        tokens = stream_ids(self.contract, self.config, prompts, settings)
-        decoder = IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
-        return _pieces(tokens, decoder)
+        if settings.num_return_sequences > 1:
+            raise InputError(
+                f"num_return_sequences is {settings.num_return_sequences}; a stream has one text."
+            )
+        text = StoppedText(self._decoder(), settings.stop_texts)
+        pieces: list[str] = []
+
+        def ends(_: int, token_id: int) -> bool:
+            pieces.append(text.push(token_id))
+            return text.is_stopped
+
+        tokens = stream_ids(self.contract, self.config, prompts, settings, ends)
+        return _pieces(tokens, pieces, text)
+
+    def _decoder(self) -> IncrementalDecoder:
+        return IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
+
+    def _stopped_texts(self, settings: GenerationSettings, rows: int) -> list[StoppedText]:
+        """One for each row where there are stop texts; none otherwise."""
+        if not settings.stop_texts:
+            return []
+        return [StoppedText(self._decoder(), settings.stop_texts) for _ in range(rows)]
 
     # -- conversations -------------------------------------------------------------------------
 
@@ -151,6 +176,8 @@ class CausalLM(LoadedModel):
             CapacityError: the conversation and its answer need more positions than the model has.
         """
         prompt = self._conversation(messages, system)
+        if settings.get("num_return_sequences", 1) != 1:
+            raise InputError("num_return_sequences is no setting of a chat: it has one answer.")
         generation: Generation = self.generate(input_ids=[prompt], **settings)[0]
         return generation
 
@@ -243,7 +270,21 @@ class CausalLM(LoadedModel):
         checked = GenerationSettings.from_dict(settings)
         if checked.eos_token_id is None:
             checked = dataclasses.replace(checked, eos_token_id=self.eos_token_ids)
+        if checked.bad_words:
+            checked = dataclasses.replace(checked, bad_words=self._bad_word_ids(checked.bad_words))
         return checked
+
+    def _bad_word_ids(self, words: Iterable[str | Iterable[int]]) -> list[Iterable[int]]:
+        """The ids of each bad word; a text is forbidden with and without a space before it."""
+        found: list[Iterable[int]] = []
+        for word in words:
+            if not isinstance(word, str):
+                found.append(word)
+                continue
+            tokenizer = self._needed_tokenizer()
+            forms = dict.fromkeys((word, f" {word}"))
+            found += [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+        return found
 
     def _prompts(
         self, prompt: str | Sequence[str] | None, input_ids: Any, attention_mask: Any
@@ -267,9 +308,18 @@ class CausalLM(LoadedModel):
                 )
         return [tokenizer.encode(text) for text in texts]
 
-    def _generation(self, prompt: list[int], result: GeneratedIds, seed: int | None) -> Generation:
+    def _generation(
+        self,
+        prompt: list[int],
+        result: GeneratedIds,
+        seed: int | None,
+        stopped: StoppedText | None,
+    ) -> Generation:
         text = ""
-        if self.tokenizer is not None:
+        if stopped is not None:
+            stopped.finish()
+            text = stopped.text
+        elif self.tokenizer is not None:
             text = self.tokenizer.decode(list(result.token_ids), skip_special_tokens=True)
         return Generation(
             text=text,
@@ -281,12 +331,25 @@ class CausalLM(LoadedModel):
         )
 
 
-def _pieces(tokens: Iterator[NewToken], decoder: IncrementalDecoder) -> Iterator[TextPiece]:
+def _ends(texts: list[StoppedText]) -> Ends:
+    """Ends a row where its text stops."""
+
+    def ends(row: int, token_id: int) -> bool:
+        texts[row].push(token_id)
+        return texts[row].is_stopped
+
+    return ends
+
+
+def _pieces(
+    tokens: Iterator[NewToken], pieces: list[str], text: StoppedText
+) -> Iterator[TextPiece]:
+    """One piece for each token, whose text the loop has put into `pieces`, and the last one."""
     reason = None
     for token in tokens:
         reason = token.finish_reason
-        yield TextPiece(text=decoder.push(token.token_id), token_id=token.token_id)
-    yield TextPiece(text=decoder.finish(), token_id=None, finish_reason=reason)
+        yield TextPiece(text=pieces.pop(), token_id=token.token_id)
+    yield TextPiece(text=text.finish(), token_id=None, finish_reason=reason)
 
 
 def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:

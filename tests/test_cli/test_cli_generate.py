@@ -52,6 +52,17 @@ def test_every_option_reaches_the_model(cli, fake_lm):
     }  # fmt: skip
 
 
+def test_the_rules_are_options(cli, fake_lm):
+    cli(
+        "generate", "tiny", "Once", "--min-p", "0.1", "--typical-p", "0.9", "--repetition-penalty",
+        "1.2", "--no-repeat-ngram-size", "3", "--min-new-tokens", "2", "--stop", "a", "--stop", "b",
+    )  # fmt: skip
+    assert fake_lm.asked[0] == {
+        "prompt": "Once", "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3, "min_new_tokens": 2, "stop": ("a", "b"),
+    }  # fmt: skip
+
+
 def test_json_has_text_ids_and_the_seed_that_was_drawn(cli, fake_lm):
     result = cli("generate", "tiny", "Once", "--json", "--temperature", "1")
     record = json.loads(result.stdout)
