@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_hub.config import ARCHITECTURES, CLASSIFICATIONS, GemmaConfig
-from gemma_hub.errors import CheckpointError, InputError, nearest
+from gemma_hub.errors import CheckpointError, InputError, first_ten, nearest
 
 Shape = tuple[int, ...]
 Index = slice | tuple[slice | int, ...] | int | None
@@ -141,6 +141,35 @@ class Weights(Protocol):
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """One tensor, or the part of it that `index` selects, in its stored type."""
         ...
+
+
+def check_weights(config: GemmaConfig, task: str, weights: Weights) -> None:
+    """Refuse weights that a model of `config` cannot be built from. No tensor is read.
+
+    Surplus tensors are left alone: a checkpoint is checked for them when it is opened.
+
+    Args:
+        config: the model's.
+        task: a key of `gemma_hub.config.ARCHITECTURES`.
+        weights: what `build` was given.
+
+    Raises:
+        CheckpointError: parameters are missing or have the wrong shape.
+    """
+    names, expected = set(weights.names()), parameter_shapes(config, task)
+    missing = [name for name in expected if name not in names]
+    misshapen = [
+        f"{name} {tuple(weights.shape(name))} instead of {shape}"
+        for name, shape in expected.items()
+        if name in names and tuple(weights.shape(name)) != shape
+    ]
+    found = {"missing": missing, "with the wrong shape": misshapen}
+    problems = [f"{what}: {first_ten(which)}" for what, which in found.items() if which]
+    if problems:
+        raise CheckpointError(
+            f"The weights do not fit the config; parameters {'; '.join(problems)}. "
+            "Give the config.json that belongs to these weights."
+        )
 
 
 class ArrayWeights:

@@ -10,6 +10,7 @@ from gemma_hub.parameters import (
     DTYPES,
     ArrayWeights,
     Weights,
+    check_weights,
     parameter_shapes,
     shape_origin,
 )
@@ -152,3 +153,16 @@ def test_unknown_name_in_array_weights():
             CheckpointError, match=r"'model\.norms\.weight'\. Did you mean 'model\.n"
         ):
             method("model.norms.weight")
+
+
+def test_weights_that_do_not_fit_are_refused_by_name():
+    shapes = parameter_shapes(CONFIG)
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    check_weights(CONFIG, "causal_lm", ArrayWeights(arrays | {"surplus": np.zeros(1)}))
+    norm = "model.norm.weight"
+    with pytest.raises(CheckpointError, match=rf"missing: {norm}\. Give the config.json"):
+        less = {name: array for name, array in arrays.items() if name != norm}
+        check_weights(CONFIG, "causal_lm", ArrayWeights(less))
+    with pytest.raises(CheckpointError, match=rf"wrong shape: {norm} \(1,\) instead of \("):
+        other = ArrayWeights(arrays | {norm: np.zeros(1, np.float32)})
+        check_weights(CONFIG, "causal_lm", other)

@@ -16,7 +16,7 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import Weights
+from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_flax import model
 from gemma_hub_flax.cache import KeyValueCache
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
@@ -48,8 +48,10 @@ class FlaxBackend:
         Raises:
             UnsupportedFeature: the config or the task needs something that is not here.
             InputError: a dtype, device or option that this backend does not have.
+            CheckpointError: parameters are missing or have the wrong shape.
         """
         check_request(config, task, options)
+        check_weights(config, task.name, weights)
         device = find_device(options.device)
         return FlaxModel(build_module(CLASSES[task.name], config, weights, options.dtype, device))
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from gemma_hub.backend import BuildOptions, Cache, TaskSpec
 from gemma_hub.config import ARCHITECTURES, GemmaConfig
-from gemma_hub.errors import CheckpointError, InputError, UnsupportedFeature, first_ten, nearest
+from gemma_hub.errors import InputError, UnsupportedFeature, nearest
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import DTYPES, Index, Shape, Weights, parameter_shapes
+from gemma_hub.parameters import DTYPES, Index, Shape, Weights, check_weights, parameter_shapes
 from gemma_hub_numpy.model import Reference, Witness
 
 NAME = "numpy"
@@ -45,7 +45,7 @@ class NumpyBackend:
         if config.use_qk_norm:
             raise UnsupportedFeature("qk_norm", NAME, "Use a backend that lists it.")
         _check_options(options)
-        _check_weights(config, task.name, weights)
+        check_weights(config, task.name, weights)
         held = CastWeights(config, weights, options.dtype, task.name)
         if options.dtype == "float64":
             return NumpyModel(Reference(config, held, task.name))
@@ -168,24 +168,3 @@ def _check_options(options: BuildOptions) -> None:
                 "witness is given with dtype 'float64', where nothing is rounded. Leave it out, or "
                 "ask for float32, bfloat16 or float16."
             )
-
-
-def _check_weights(config: GemmaConfig, task: str, weights: Weights) -> None:
-    names = set(weights.names())
-    expected = parameter_shapes(config, task)
-    missing = expected.keys() - names
-    misshapen = [
-        f"{name} {weights.shape(name)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in names and tuple(weights.shape(name)) != shape
-    ]
-    problems = []
-    if missing:
-        problems.append(f"missing: {first_ten(missing)}")
-    if misshapen:
-        problems.append(f"with the wrong shape: {first_ten(misshapen)}")
-    if problems:
-        raise CheckpointError(
-            f"The weights do not fit the config; parameters {'; '.join(problems)}. "
-            "Give the config.json that belongs to these weights."
-        )

@@ -19,7 +19,7 @@ from gemma_hub.config import ARCHITECTURES, GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
-from gemma_hub.parameters import Weights
+from gemma_hub.parameters import Weights, check_weights
 from gemma_hub.problem import problem_type
 from gemma_hub_transformers.devices import device_names, find_device
 from gemma_hub_transformers.module import (
@@ -48,8 +48,10 @@ class TransformersBackend:
         Raises:
             UnsupportedFeature: Transformers' Gemma does not have something that is asked for.
             InputError: a dtype, device or option that this backend does not have.
+            CheckpointError: parameters are missing or have the wrong shape.
         """
         check_request(config, task, options)
+        check_weights(config, task.name, weights)
         device = find_device(options.device)
         module = build_module(config, task.name, weights, options.dtype, device)
         return TransformersModel(module, config, task.name)
