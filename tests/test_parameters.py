@@ -160,9 +160,9 @@ def test_weights_that_do_not_fit_are_refused_by_name():
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     check_weights(CONFIG, "causal_lm", ArrayWeights(arrays | {"surplus": np.zeros(1)}))
     norm = "model.norm.weight"
+    less = ArrayWeights({name: array for name, array in arrays.items() if name != norm})
     with pytest.raises(CheckpointError, match=rf"missing: {norm}\. Give the config.json"):
-        less = {name: array for name, array in arrays.items() if name != norm}
-        check_weights(CONFIG, "causal_lm", ArrayWeights(less))
+        check_weights(CONFIG, "causal_lm", less)
+    other = ArrayWeights(arrays | {norm: np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError, match=rf"wrong shape: {norm} \(1,\) instead of \("):
-        other = ArrayWeights(arrays | {norm: np.zeros(1, np.float32)})
         check_weights(CONFIG, "causal_lm", other)
