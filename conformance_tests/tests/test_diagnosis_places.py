@@ -3,19 +3,22 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
+from gemma_hub.backend import SupportsCache, SupportsGradients
 from gemma_hub_conformance.checkpoints import GQA
 from gemma_hub_conformance.diagnosis.bisection import find_layer
 from gemma_hub_conformance.diagnosis.branches import find_place_in_layer, find_place_outside
 from gemma_hub_conformance.diagnosis.diagnosing import branch_of
 from gemma_hub_conformance.diagnosis.probes import Prober
-from gemma_hub_conformance.diagnosis.recording import Seen
 from gemma_hub_conformance.diagnosis.shrinking import shrink
 from gemma_hub_conformance.diagnosis.subjects import noisy, planted
+from gemma_hub_conformance.diagnosis.watching import Seen, watched
 from gemma_hub_conformance.mutants import all_mutants
 from gemma_hub_conformance.mutants.bank import control
 from gemma_hub_conformance.rows import Batch, row, tokens
+from gemma_hub_conformance.spec import prepare, step
 
 BATCH = Batch.of([row(tokens(9, 71)), row(tokens(6, 72), left=2)], 9)
 
@@ -127,3 +130,41 @@ def test_shrinking_ends(oracle):
     small = shrink(prober, Seen(GQA, BATCH, None), max_runs=2)
     assert prober.runs == 2
     assert prober.fails(small)
+
+
+# -- what the inputs are taken from ----------------------------------------------------------------
+
+
+def test_calls_are_noted_as_they_were_and_those_of_one_cache_are_one_input():
+    inputs = []
+    model = watched(control().model(GQA, "float32"), GQA, inputs)
+    batch = Batch.of([row(tokens(4, 71), left=1), row(tokens(5, 72), 0, range(9, 14))], 5)
+    model.forward(prepare(GQA, batch, output_attentions=True))
+    cache, start = model.init_cache(2, 5), 0
+    for size in (3, 1, 1):
+        _, cache = model.extend(step(GQA, batch, start, size, cache), cache)
+        start += size
+    whole, fed = inputs
+    for seen in inputs:
+        assert np.array_equal(seen.batch.input_ids, batch.input_ids)
+        assert np.array_equal(seen.batch.mask, batch.mask)
+        assert np.array_equal(seen.batch.position_ids[batch.mask], batch.position_ids[batch.mask])
+    assert (whole.chunks, whole.asked) == (None, ("output_attentions",))
+    assert (fed.chunks, fed.asked) == ((3, 1, 1), ())
+
+
+def test_a_watched_model_has_what_the_model_has():
+    class Bare:
+        native, device = None, "cpu"
+
+        def forward(self, inputs):
+            return inputs
+
+        def to_numpy(self, array):
+            return array
+
+    assert not isinstance(watched(Bare(), GQA, []), SupportsCache | SupportsGradients)
+    full = watched(control().model(GQA, "float32"), GQA, [])
+    assert isinstance(full, SupportsCache)
+    assert isinstance(full, SupportsGradients)
+    assert full.device == "cpu"

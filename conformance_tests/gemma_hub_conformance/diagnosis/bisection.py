@@ -7,7 +7,7 @@ at which it is wrong has the wrong layer as its last.
 from dataclasses import dataclass, replace
 
 from gemma_hub_conformance.diagnosis.probes import Prober, hollow, prefix
-from gemma_hub_conformance.diagnosis.recording import Seen
+from gemma_hub_conformance.diagnosis.watching import Seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from gemma_hub_conformance.diagnosis.probes import (
     hollow,
     prefix,
 )
-from gemma_hub_conformance.diagnosis.recording import Seen
+from gemma_hub_conformance.diagnosis.watching import Seen
 from gemma_hub_conformance.rows import Batch, Row, row
 
 ATTENTION, FEED_FORWARD = BRANCHES

@@ -2,23 +2,24 @@
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 from gemma_hub_conformance.cases import all_cases
-from gemma_hub_conformance.diagnosis.bisection import find_layer
-from gemma_hub_conformance.diagnosis.branches import find_place_in_layer, find_place_outside
+from gemma_hub_conformance.diagnosis.exceptions import Trigger, find_trigger
 from gemma_hub_conformance.diagnosis.finding import Diagnosis
 from gemma_hub_conformance.diagnosis.local import match_in_layer
 from gemma_hub_conformance.diagnosis.matching import KnownBugs, Match, match
+from gemma_hub_conformance.diagnosis.places import Place, find_place
 from gemma_hub_conformance.diagnosis.probes import Prober
-from gemma_hub_conformance.diagnosis.recording import Observation, Seen, observe
+from gemma_hub_conformance.diagnosis.recording import Observation, observe
 from gemma_hub_conformance.diagnosis.reproduction import Failure
 from gemma_hub_conformance.diagnosis.shrinking import shrink
 from gemma_hub_conformance.diagnosis.subjects import fresh, planted
+from gemma_hub_conformance.diagnosis.watching import Seen
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.report import Report, Verdict
 from gemma_hub_conformance.seeds import seeded
 from gemma_hub_conformance.spec import Subject
+from gemma_hub_conformance.time_limit import TimedOut
 
 MAX_CAUSES = 3
 """Causes that one run is searched for."""
@@ -27,8 +28,7 @@ MAX_SECONDS = 15.0
 """After so many no further cause is looked for."""
 
 _UNLIKE = 0.995  # share of the errors that a bug leaves unexplained; naming it would mislead
-_INPUTS_TRIED = 12  # a case has up to 18; the first that fails is taken
-_LEVELS = (2, 5, 1, 3, 4)  # the ones whose failures say most come first
+_LEVELS = (2, 5, 1, 6, 3, 4, 7, 0)  # the ones whose failures say most come first
 
 Say = Callable[[str], None]
 
@@ -57,26 +57,14 @@ def diagnose(
         One for each cause, the most certain first; none if no case failed.
     """
     say = progress or (lambda _: None)
-    with seeded(getattr(report, "seed", 0)):
+    with seeded(report.seed):
         search = _Search(subject, report, KnownBugs(oracle) if known is None else known, say)
-        return tuple(search.causes())
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where it is wrong.
-
-    Attributes:
-        seen: the first input of the case that fails by itself.
-        layer: the first wrong layer, if it is in a layer.
-        where: which part, in the words of `branches`.
-        runs: models that the search for the layer ran.
-    """
-
-    seen: Seen
-    layer: int | None
-    where: str
-    runs: int
+        if search.failed and subject.harm:
+            return (_harmful(search.failed[0], subject.harm),)
+        try:
+            return tuple(search.causes())
+        except TimedOut as stop:
+            return (_harmful(search.failed[0], f"the diagnosis {stop}"),)
 
 
 class _Search:
@@ -116,36 +104,25 @@ class _Search:
         matching = match(self.subject, first, self.known, self.passed)
         best = matching.matches[0] if matching.matches else None
         prober = Prober(self.subject, all_cases()[case].dtype)
+        if first.crash is not None:
+            self.say("looking for what makes it raise")
+            trigger = find_trigger(prober, first) or Trigger(first.crash)
+            return _of_exception(first, trigger, best), self._maker(best, None)
         self.say("looking for the layer")
-        place = self._place(prober, first)
+        place = find_place(prober, first)
         only_there: int | None = None
-        if place and place.layer is not None and not (best and best.fits):
+        if place.in_logits and place.seen and place.layer is not None and not _fits(best):
             self.say(f"comparing with every known bug in layer {place.layer}")
             local = match_in_layer(prober, place.seen, place.layer, self.known.mutants)
             if local and (best is None or local.misfit < best.misfit):
                 best, only_there = local, place.layer
         self.say("looking for the shortest input")
-        shortest = shrink(prober, place.seen) if place else None
+        shortest = shrink(prober, place.seen, fails=place.fails) if place.seen else None
         known = _match_text(best, only_there)
-        if matching.compared < len(self.known.mutants) and not (best and best.fits):
+        if matching.late and not _fits(best):
             known += f" (There was time for {matching.compared} of {len(self.known.mutants)} bugs.)"
         cause = self._diagnosis(first, best, known, place, shortest, prober)
         return cause, self._maker(best, only_there)
-
-    def _place(self, prober: Prober, first: Observation) -> _Place | None:
-        """None if none of the inputs that the case gave fails by itself."""
-        if first.case.startswith("L4"):
-            return None  # generated tokens; the logits have cases of their own
-        for seen in first.inputs[:_INPUTS_TRIED]:
-            found = find_layer(prober, seen)
-            if found is None:
-                continue
-            if found.layer is None:
-                where = find_place_outside(prober, seen)
-            else:
-                where = find_place_in_layer(prober, seen, found.layer)
-            return _Place(seen, found.layer, where, found.runs)
-        return None
 
     def _maker(self, best: Match | None, only_there: int | None) -> Callable[[], Subject] | None:
         if best is None or not best.fits:
@@ -160,35 +137,60 @@ class _Search:
         first: Observation,
         best: Match | None,
         known: str,
-        place: _Place | None,
+        place: Place,
         shortest: Seen | None,
         prober: Prober,
     ) -> Diagnosis:
-        fits = best is not None and best.fits
-        ids = () if shortest is None else _ids(shortest)
-        lines = [
-            f"{first.case}: {known}",
-            _place_text(place, first),
-            _input_text(shortest),
-        ]
         failure = None
-        if shortest is not None:
+        if shortest is not None and place.in_logits:
             weights = shortest.checkpoint.weights(prober.dtype)
             failure = Failure(
                 self.subject.name, prober.dtype, shortest, weights, prober.truth(shortest)
             )
-        advice = " / ".join(dict.fromkeys(best.hints)) if best is not None and fits else lines[1]
+        lines = [f"{first.case}: {known}", place.text, _input_text(shortest)]
         return Diagnosis(
             case=first.case,
-            mutant=best.names[0] if best is not None and fits else None,
+            mutant=_name(best),
             alignment=None if best is None else best.alignment,
-            advice=advice,
-            layer=None if place is None else place.layer,
-            branch=None if place is None else branch_of(place.where),
-            shortest_input=ids,
+            advice=_advice(best) or place.text,
+            layer=place.layer,
+            branch=branch_of(place.where) or None,
+            shortest_input=() if shortest is None else _ids(shortest),
             text="\n".join(line for line in lines if line),
             failure=failure,
         )
+
+
+def _of_exception(first: Observation, trigger: Trigger, best: Match | None) -> Diagnosis:
+    crash = trigger.crash
+    known = f" This is {best.text}" if best is not None and best.fits else ""
+    lines = [f"{first.case}: {crash.text}.{known}", trigger.text, _input_text(trigger.seen)]
+    return Diagnosis(
+        case=first.case,
+        mutant=_name(best),
+        alignment=None,
+        advice=_advice(best) or f"{crash.text} ({crash.at})",
+        layer=None,
+        branch=None,
+        shortest_input=() if trigger.seen is None else _ids(trigger.seen),
+        text="\n".join(line for line in lines if line),
+        exception=crash.text,
+        raised_in=crash.at if crash.own else "",
+        takes=trigger.takes,
+    )
+
+
+def _fits(best: Match | None) -> bool:
+    return best is not None and best.fits
+
+
+def _name(best: Match | None) -> str | None:
+    return best.names[0] if best is not None and best.fits else None
+
+
+def _advice(best: Match | None) -> str:
+    """What the known bug's hints say; empty if none fits."""
+    return " / ".join(dict.fromkeys(best.hints)) if best is not None and best.fits else ""
 
 
 def branch_of(where: str) -> str:
@@ -206,6 +208,14 @@ def _most_telling(report: Report) -> list[str]:
     return sorted(failed, key=lambda id_: (_LEVELS.index(cases[id_].level), order[id_]))
 
 
+def _harmful(case: str, harm: str) -> Diagnosis:
+    text = (
+        f"The backend hangs or kills the process, so it is not run again to look for the bug: "
+        f"{harm}. See where it waits, for instance with `python -X faulthandler` and a debugger."
+    )
+    return Diagnosis(case, None, None, text, None, None, (), text)
+
+
 def _unstable(case: str) -> Diagnosis:
     advice = f"{case} failed in the run and passed now: the backend does not repeat itself."
     return Diagnosis(case, None, None, advice, None, None, (), advice)
@@ -221,15 +231,6 @@ def _match_text(best: Match | None, only_there: int | None) -> str:
     return f"no known bug fits. The nearest{where}, where {left}: {best.text}"
 
 
-def _place_text(place: _Place | None, first: Observation) -> str:
-    if place is None:
-        nowhere = "No input of this case fails on its logits by itself, so no layer is named."
-        return f"{first.requirement} {nowhere}".lstrip()
-    if place.layer is None:
-        return f"Wrong before or after the layers: {place.where} ({place.runs} models were run)."
-    return f"First wrong in layer {place.layer}: {place.where} ({place.runs} models were run)."
-
-
 def _input_text(shortest: Seen | None) -> str:
     if shortest is None:
         return ""
@@ -238,7 +239,8 @@ def _input_text(shortest: Seen | None) -> str:
     at = f" at positions {[list(each) for each in positions]}" if positions else ""
     slots = shortest.batch.mask.shape[1]
     cached = "" if shortest.chunks is None else f", {list(shortest.chunks)} slots a call"
-    where = f"in {slots} slots{cached}, checkpoint `{shortest.checkpoint.name}`"
+    asked = f", with {', '.join(shortest.asked)}" if shortest.asked else ""
+    where = f"in {slots} slots{cached}{asked}, checkpoint `{shortest.checkpoint.name}`"
     return f"Shortest failing input: {rows}{at}, {where}."
 
 

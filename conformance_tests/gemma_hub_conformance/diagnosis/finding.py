@@ -21,9 +21,13 @@ class Diagnosis:
         layer: the first wrong layer; None if what is around the layers is wrong, or it was not
             found.
         branch: the part that is wrong: "attention", "feed-forward", "norm", "embedding", "head",
-            "residual stream", or several of them in words; None if it was not found.
-        shortest_input: the ids of the shortest failing input, row after row; empty if the case does
-            not fail on logits.
+            "residual stream", "loss", "generation", "state between calls", or several of them in
+            words; None if it was not found.
+        shortest_input: the ids of the shortest input whose logits or gradients are wrong, or that
+            raises, row after row; empty if no input fails by itself.
+        exception: what the backend raised, if that is how the case ended; else empty.
+        raised_in: file, line and function of the backend's own code that it was raised in.
+        takes: what the exception takes beside an input, such as "`tie_word_embeddings=False`".
         text: all of this for a reader, several lines.
         failure: what `write_reproduction` writes; None if there is no shortest input.
     """
@@ -36,10 +40,14 @@ class Diagnosis:
     branch: str | None
     shortest_input: tuple[int, ...]
     text: str
+    exception: str = ""
+    raised_in: str = ""
+    takes: tuple[str, ...] = ()
     failure: Failure | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON types."""
         names = [each.name for each in dataclasses.fields(self) if each.name != "failure"]
         plain = {name: getattr(self, name) for name in names}
-        return plain | {"shortest_input": list(self.shortest_input)}
+        lists = {"shortest_input": list(self.shortest_input), "takes": list(self.takes)}
+        return plain | lists

@@ -5,26 +5,24 @@ subject's, element by element in units of the rounding noise. Errors that both m
 fingerprint: two bugs seldom have one direction, and seldom one size.
 """
 
-import json
+import dataclasses
 import math
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
 
-import numpy as np
-
-from gemma_hub.error_model import RATIO_LIMIT
 from gemma_hub_conformance.cases import all_cases
+from gemma_hub_conformance.diagnosis.misfits import alignment, misfit, misfit_limit
 from gemma_hub_conformance.diagnosis.recording import Observation, observe
-from gemma_hub_conformance.diagnosis.subjects import fresh
+from gemma_hub_conformance.diagnosis.subjects import fresh, noisy
 from gemma_hub_conformance.mutants import all_mutants
 from gemma_hub_conformance.mutants.bank import Mutant
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.spec import Subject
+
+BLUR_SEEDS = (92, 93, 94)
+"""Of the roundings by which a bug is compared with itself; no subject and no witness has them."""
 
 SHOWN = 3
 """Number of matches in a diagnosis."""
@@ -32,17 +30,10 @@ SHOWN = 3
 MORE_CASES = 8
 """Largest number of further cases that the subject is run on, to tell candidates apart."""
 
-MAX_SECONDS = 10.0
+MAX_SECONDS = 5.0
 """Time for it all; the bugs that are likeliest for the case are compared first."""
 
 _CASES_KEPT = 12  # the observations of every mutant in one case are up to 100 MB
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-def misfit_limit() -> float:
-    """Largest misfit of a bug that counts as found; see `diagnosis.measure`."""
-    text = resources.files(__package__).joinpath("calibration.json").read_text("utf-8")
-    return float(json.loads(text)["misfit_limit"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +77,16 @@ class Matching:
     Attributes:
         cases: what the subject was run on, the failing case first.
         matches: the best, at most `SHOWN`.
-        compared: number of known bugs that there was time for.
+        compared: number of known bugs that were compared.
+        late: whether there was no time for some of the others.
+        misfits: of every known bug that fails the case.
     """
 
     cases: tuple[str, ...]
     matches: tuple[Match, ...]
     compared: int
+    late: bool = False
+    misfits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def found(self) -> Match | None:
@@ -110,6 +105,7 @@ class KnownBugs:
     def __init__(self, oracle: Oracle, mutants: Mapping[str, Mutant] | None = None) -> None:
         self.oracle = oracle
         self.mutants = dict(all_mutants() if mutants is None else mutants)
+        self._blurs: dict[tuple[str, str], float] = {}
         self._seen: OrderedDict[str, dict[str, Observation]] = OrderedDict()
 
     def observation(self, name: str, case: str) -> Observation:
@@ -120,8 +116,29 @@ class KnownBugs:
             self._seen.popitem(last=False)
         if name not in found:
             seen = observe(all_cases()[case], fresh(self.mutants[name]), self.oracle)
-            found[name] = seen if seen.failed else Observation(case, {}, (), "")
+            kept = dataclasses.replace(seen, inputs=(), crash=None, built=())
+            found[name] = kept if seen.failed else Observation(case, {}, (), "")
         return found[name]
+
+    def beyond_blur(self, value: float, name: str, case: str) -> float:
+        """`value`, a misfit with the mutant `name`, without what it has with itself.
+
+        A bug that is itself a matter of rounding makes other errors each time, so a backend that
+        has it differs from the mutant by as much as the mutant with rounding differs from itself,
+        of a few roundings the worst.
+        Where that is more than half of the errors' power nothing is taken off: what is mostly
+        chance would fit anything.
+        """
+        if not misfit_limit() < value < 1:
+            return value
+        key = (name, case)
+        if key not in self._blurs:
+            exact = self.observation(name, case)
+            rounding = (noisy(self.mutants[name], seed) for seed in BLUR_SEEDS)
+            seen = [observe(all_cases()[case], each, self.oracle) for each in rounding]
+            self._blurs[key] = max(misfit(each, exact) for each in seen)
+        power = self._blurs[key] ** 2
+        return math.sqrt(max(0.0, value**2 - power)) if power < 0.5 else value
 
 
 def match(
@@ -144,16 +161,8 @@ def match(
         seconds: after so many no further bug and no further case is looked at.
     """
     late = time.monotonic() + seconds
-    evidence = {first.case: first}
-    misfits, compared = {}, 0
-    for name in _likeliest_first(first.case, known):
-        if time.monotonic() > late:
-            break
-        compared += 1
-        seen = known.observation(name, first.case)
-        if seen.failed and known.mutants[name].case not in passed:
-            misfits[name] = misfit(first, seen)
-    limit = misfit_limit()
+    evidence, limit = {first.case: first}, misfit_limit()
+    misfits, compared, is_late = _compared(first, known, passed, late)
     for case in _telling_cases([name for name, value in misfits.items() if value <= limit], known):
         candidates = [name for name, value in misfits.items() if value <= limit]
         if len(evidence) > MORE_CASES or time.monotonic() > late:
@@ -162,22 +171,53 @@ def match(
             continue
         evidence[case] = observe(all_cases()[case], subject, known.oracle)
         for name in candidates:
-            seen = known.observation(name, case)
-            misfits[name] = max(misfits[name], misfit(evidence[case], seen))
+            value = misfit(evidence[case], known.observation(name, case))
+            misfits[name] = max(misfits[name], known.beyond_blur(value, name, case))
     ranked = sorted(misfits, key=lambda name: misfits[name])
     matches = tuple(_matches(ranked, misfits, limit, evidence, known))
-    return Matching(tuple(evidence), matches, compared)
+    return Matching(tuple(evidence), matches, compared, is_late, misfits)
 
 
-def _likeliest_first(case: str, known: KnownBugs) -> list[str]:
-    """The bugs whose own case begins like `case` in front."""
-    words = case.split(".")
+def _compared(
+    first: Observation, known: KnownBugs, passed: Collection[str], late: float
+) -> tuple[dict[str, float], int, bool]:
+    """The misfits by name, the number of bugs that were run, and whether time was up."""
+    misfits: dict[str, float] = {}
+    compared = 0
+    for kind in _likeliest_first(first, known, passed):
+        for name in kind:
+            if time.monotonic() > late:
+                return misfits, compared, True
+            compared += 1
+            seen = known.observation(name, first.case)
+            if seen.failed:
+                misfits[name] = misfit(first, seen)
+        nearest = min(misfits, key=lambda name: misfits[name], default=None)
+        if nearest in kind:
+            misfits[nearest] = known.beyond_blur(misfits[nearest], nearest, first.case)
+            # A bug of the likeliest kind that explains it all leaves nothing for the others.
+            if misfits[nearest] <= misfit_limit():
+                break
+    return misfits, compared, False
+
+
+def _likeliest_first(
+    first: Observation, known: KnownBugs, passed: Collection[str]
+) -> list[list[str]]:
+    """The bugs by the kind of their own case: those of the kind of the failing case in front.
+
+    An exception is compared with that kind only: what does not raise has nothing in common with it.
+    """
+    words = first.case.split(".")
 
     def shared(name: str) -> int:
         own = known.mutants[name].case.split(".")
         return sum(1 for end in range(1, len(words) + 1) if own[:end] == words[:end])
 
-    return sorted(known.mutants, key=shared, reverse=True)
+    names = [name for name, mutant in known.mutants.items() if mutant.case not in passed]
+    ranked = sorted(names, key=shared, reverse=True)
+    near = [name for name in ranked if shared(name) >= 2]
+    return [near] if first.crash else [near, ranked[len(near) :]]
 
 
 def _telling_cases(candidates: Iterable[str], known: KnownBugs) -> list[str]:
@@ -213,82 +253,3 @@ def _matches(
         worst = misfits[group[0]]
         hints = tuple(known.mutants[name].hint for name in group)
         yield Match(tuple(group), hints, cosine, size, worst, worst <= limit)
-
-
-# -- how alike two observations of one case are ----------------------------------------------------
-
-
-def misfit(one: Observation, other: Observation) -> float:
-    """0 if both subjects failed alike up to rounding, 1 if they have nothing in common.
-
-    The root mean square over the comparisons in which one of them is off by more than rounding,
-    and over the requirements at which the case ended. Symmetric.
-    """
-    parts = []
-    for name in one.residuals.keys() | other.residuals.keys():
-        a, b = one.residuals.get(name), other.residuals.get(name)
-        # A case that passed keeps nothing; one that ended early has not made the comparison.
-        if (a is not None and _loud(a)) or (b is not None and _loud(b)):
-            parts.append(1.0 if a is None or b is None else _distance(a, b))
-    if one.requirement or other.requirement:
-        parts.append(_message_distance(one.requirement, other.requirement))
-    return math.sqrt(sum(part**2 for part in parts) / len(parts)) if parts else 0.0
-
-
-def alignment(subject: Observation, bug: Observation) -> tuple[float | None, float | None]:
-    """Cosine of the angle between the errors, and the subject's size along the bug's direction.
-
-    None where one of them has no errors to compare.
-    """
-    names = [
-        name
-        for name, value in subject.residuals.items()
-        if name in bug.residuals and bug.residuals[name].shape == value.shape
-    ]
-    if not names or not (subject.wrong and bug.wrong):
-        return None, None
-    s, b = (
-        np.concatenate([each.residuals[name] for name in names]).astype(np.float64)
-        for each in (subject, bug)
-    )
-    product, square = float(s @ b), float(b @ b)
-    length = math.sqrt(float(s @ s) * square)
-    return (product / length, product / square) if length > 0 else (None, None)
-
-
-def compared(residual: np.ndarray) -> Observation:
-    """One comparison by itself, as an observation."""
-    return Observation("", {"logits": residual}, ("logits",) if _loud(residual) else (), "")
-
-
-def _loud(residual: np.ndarray) -> bool:
-    """Whether it is more than rounding may make."""
-    return _length(residual) > _allowed(residual)
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """What is between them beyond rounding, over the longer of the two; 1 at most."""
-    if a.shape != b.shape:
-        return 1.0
-    between = _length(a.astype(np.float64) - b) ** 2 - _allowed(a) ** 2
-    return min(1.0, math.sqrt(max(0.0, between)) / max(_length(a), _length(b)))
-
-
-def _allowed(residual: np.ndarray) -> float:
-    """Length of a residual at the error model's limit."""
-    return RATIO_LIMIT * math.sqrt(residual.size)
-
-
-def _length(residual: np.ndarray) -> float:
-    return float(np.linalg.norm(residual.astype(np.float64)))
-
-
-def _message_distance(one: str, other: str) -> float:
-    """Relative distance of the numbers in two messages that have the same words; else 1."""
-    if _NUMBER.sub("#", one) != _NUMBER.sub("#", other):
-        return 1.0
-    a, b = (np.array([float(x) for x in _NUMBER.findall(text)]) for text in (one, other))
-    if not a.size or np.array_equal(a, b):
-        return 0.0
-    relative: Any = np.abs(a - b) / np.maximum(np.maximum(np.abs(a), np.abs(b)), 1e-300)
-    return min(1.0, float(np.sqrt(np.mean(np.square(relative)))))

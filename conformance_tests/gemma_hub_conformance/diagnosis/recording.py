@@ -2,35 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Never
+from typing import Never
 
 import numpy as np
 
+from gemma_hub.backend import Model
 from gemma_hub.error_model import Judgement, NoiseBand, noise_band
-from gemma_hub.outputs import ModelOutputs
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.claims import check_dtype_refused, check_refused
+from gemma_hub_conformance.diagnosis.crashes import Crash, crash_of
+from gemma_hub_conformance.diagnosis.watching import Seen, watched
 from gemma_hub_conformance.oracle import Gradients, Oracle, Truth
-from gemma_hub_conformance.rows import Batch, Row
+from gemma_hub_conformance.rows import Row
 from gemma_hub_conformance.spec import CaseContext, CaseFailed, CaseSpec, Subject
+from gemma_hub_conformance.time_limit import TimedOut, time_limit
 
 _NOT_FINITE = 1e30
 """Stands for an error of NaN or infinity: far above every other one, and squares stay finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One input that a case gave to the subject.
-
-    Attributes:
-        checkpoint: the model.
-        batch: the tokens.
-        chunks: slots of each call of a cached run; None for one call without a cache.
-    """
-
-    checkpoint: DesignedCheckpoint
-    batch: Batch
-    chunks: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +32,9 @@ class Observation:
         wrong: names of the comparisons that failed.
         requirement: message of the requirement or the exception at which the case ended; empty if
             it ran to its end.
-        inputs: what the subject was given, in order, as far as the context saw it.
+        inputs: what the models of the case were called with, in order.
+        crash: the exception at which the case ended, if it was one.
+        built: the checkpoints that the case asked a model of, in order.
     """
 
     case: str
@@ -52,6 +42,8 @@ class Observation:
     wrong: tuple[str, ...]
     requirement: str
     inputs: tuple[Seen, ...] = ()
+    crash: Crash | None = None
+    built: tuple[DesignedCheckpoint, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -60,20 +52,34 @@ class Observation:
 
 
 def observe(case: CaseSpec, subject: Subject, oracle: Oracle) -> Observation:
-    """Run `case` on `subject` to its end, past comparisons that fail."""
+    """Run `case` on `subject` to its end, past comparisons that fail.
+
+    Raises:
+        TimedOut: the case does not end.
+    """
     context = RecordingContext(subject, RecordingOracle(oracle), case.dtype)
-    requirement = ""
+    requirement, crash = "", None
     try:
-        if _claimed(case, subject):
-            case.run(context)
+        with time_limit(subject.time_limit):
+            if _claimed(case, subject):
+                case.run(context)
     except CaseFailed as failure:
         requirement = str(failure)
-    except Exception as error:  # noqa: BLE001 - a backend may raise anything; that is an observation
-        requirement = f"{type(error).__name__}: {error}"
+    except (KeyboardInterrupt, TimedOut):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a backend may raise anything, SystemExit too
+        crash = crash_of(error, subject)
+        requirement = crash.text
     if any(each.reason in requirement for each in context.judgements if not each.passed):
         requirement = ""  # it only repeats the comparisons
     return Observation(
-        case.id, context.residuals, tuple(context.wrong), requirement, tuple(context.inputs)
+        case.id,
+        context.residuals,
+        tuple(context.wrong),
+        requirement,
+        tuple(context.inputs),
+        crash,
+        tuple(context.built),
     )
 
 
@@ -116,9 +122,10 @@ class RecordingOracle(Oracle):
         return found
 
     def name_of(self, reference: np.ndarray) -> str:
-        """The parameter whose true gradient `reference` is a view of; empty if it is none."""
+        """The parameter whose true gradient `reference` holds, in any shape; empty if none."""
         for name, value in self.last_gradients.items():
-            if np.may_share_memory(value, reference):
+            # Not by the memory: a matrix that is laid out by columns is copied when it is reshaped.
+            if value.size == reference.size and np.array_equal(value.ravel(), reference.ravel()):
                 return name
         return ""
 
@@ -131,32 +138,18 @@ class RecordingContext(CaseContext):
         residuals: as in `Observation`.
         wrong: likewise.
         inputs: likewise.
+        built: likewise.
     """
 
     oracle: RecordingOracle
     residuals: dict[str, np.ndarray] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     inputs: list[Seen] = field(default_factory=list)
+    built: list[DesignedCheckpoint] = field(default_factory=list)
 
-    def forward(self, checkpoint: DesignedCheckpoint, batch: Batch, **wanted: Any) -> ModelOutputs:
-        self._see(Seen(checkpoint, batch, None))
-        return super().forward(checkpoint, batch, **wanted)
-
-    def extend(
-        self, checkpoint: DesignedCheckpoint, batch: Batch, chunks: list[int], capacity: int
-    ) -> np.ndarray:
-        self._see(Seen(checkpoint, batch, tuple(chunks)))
-        return super().extend(checkpoint, batch, chunks, capacity)
-
-    def judge_logits(
-        self, logits: np.ndarray, checkpoint: DesignedCheckpoint, batch: Batch
-    ) -> None:
-        if not any(seen.batch is batch for seen in self.inputs):
-            self._see(Seen(checkpoint, batch, None))
-        super().judge_logits(logits, checkpoint, batch)
-
-    def _see(self, seen: Seen) -> None:
-        self.inputs.append(seen)
+    def model(self, checkpoint: DesignedCheckpoint) -> Model:
+        self.built.append(checkpoint)
+        return watched(super().model(checkpoint), checkpoint, self.inputs)
 
     def compare(
         self,

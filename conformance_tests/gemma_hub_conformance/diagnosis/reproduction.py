@@ -11,7 +11,7 @@ from gemma_hub.checkpoints.output import whole_folder
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError
 from gemma_hub.parameters import Weights
-from gemma_hub_conformance.diagnosis.recording import Seen
+from gemma_hub_conformance.diagnosis.watching import Seen
 from gemma_hub_conformance.oracle import Truth
 
 if TYPE_CHECKING:

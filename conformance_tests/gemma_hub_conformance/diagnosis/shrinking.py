@@ -1,26 +1,38 @@
 """The shortest failing input: rows, padding and tokens are taken away as long as it still fails."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from gemma_hub_conformance.diagnosis.probes import Prober
-from gemma_hub_conformance.diagnosis.recording import Seen
+from gemma_hub_conformance.diagnosis.watching import Seen
 from gemma_hub_conformance.rows import Batch, Row
 
 MAX_RUNS = 120
 """A compiled backend compiles each shape anew, so there is an end to it."""
 
-MAX_SECONDS = 6.0
+MAX_SECONDS = 4.0
 """Likewise."""
 
 
-def shrink(prober: Prober, seen: Seen, max_runs: int = MAX_RUNS) -> Seen:
+def shrink(
+    prober: Prober,
+    seen: Seen,
+    max_runs: int = MAX_RUNS,
+    fails: Callable[[Seen], bool] | None = None,
+) -> Seen:
     """`seen`, which fails, with as little as possible that still fails.
 
     No row, no run of padding and no single token can be left out of what is returned, unless
     `max_runs` or `MAX_SECONDS` came first.
+
+    Args:
+        prober: runs the subject, and counts.
+        seen: an input that fails.
+        max_runs: models to run at most.
+        fails: tells whether an input fails; `prober.fails`, which looks at the logits, if None.
     """
+    fails = fails or prober.fails
     late = time.monotonic() + MAX_SECONDS
     end = prober.runs + max_runs
     found = True
@@ -29,7 +41,7 @@ def shrink(prober: Prober, seen: Seen, max_runs: int = MAX_RUNS) -> Seen:
         for smaller in _smaller(seen):
             if prober.runs >= end or time.monotonic() > late:
                 return seen
-            if prober.fails(smaller):
+            if fails(smaller):
                 seen, found = smaller, True
                 break
     return seen

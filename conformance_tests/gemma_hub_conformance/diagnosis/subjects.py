@@ -28,8 +28,13 @@ def fresh(mutant: Mutant) -> Subject:
 
 
 def noisy(mutant: Mutant, seed: int = SEED) -> Subject:
-    """The mutant as a backend of its compute type: its operations round, as a witness's do."""
+    """The mutant as a backend of its compute type: its operations round, as a witness's do.
+
+    One that is wrong in how it builds stays in float64.
+    """
     kind = _without_memory(mutant.kind)
+    if issubclass(kind, StandInBackend):
+        return replace(mutant, kind=kind).subject()
     if issubclass(kind, StandInModel):
         backend = NoisyBackend(Witness, kind, seed)
     else:
@@ -41,7 +46,7 @@ def planted(kind: type[Reference], layer: int, seed: int = SEED, *, exact: bool 
     """A backend that has the bug of `kind` in one layer only.
 
     Args:
-        kind: a bug in what a layer does.
+        kind: a bug in what a layer does, forwards or backwards.
         layer: where it is; a model with fewer layers does not have it.
         seed: of its rounding.
         exact: in float64 instead of rounding as its compute type does.
@@ -56,7 +61,13 @@ def planted(kind: type[Reference], layer: int, seed: int = SEED, *, exact: bool 
 
         def block(self, i: int, x: Array, *args: Any) -> Array:
             there: Any = self._wrong if i == layer else super()
+            self._wrong._tape = self._tape  # what it keeps is read on the way back
             found: Array = there.block(i, x, *args)
+            return found
+
+        def block_backward(self, d: Array, i: int, *args: Any) -> Array:
+            there: Any = self._wrong if i == layer else super()
+            found: Array = there.block_backward(d, i, *args)
             return found
 
     stand_in = StandInBackend(Planted)
