@@ -1,19 +1,14 @@
 """The command `gemma-hub conformance`."""
 
+import dataclasses
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
-    from gemma_hub_conformance.diagnosis import Diagnosis
-    from gemma_hub_conformance.oracle import Oracle
-    from gemma_hub_conformance.report import Report
     from gemma_hub_conformance.spec import Subject
-    from gemma_hub_conformance.waivers import Waiver
 
 USAGE, UNAVAILABLE = 2, 3
 
@@ -36,6 +31,10 @@ def conformance(
         Path | None,
         typer.Option(help="Run what this certificate.json is about again, with a fresh seed."),
     ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure how far this backend is from it; may be given several times."),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write JSON, JUnit, a badge, the certificate and a page to this folder."),
@@ -44,6 +43,10 @@ def conformance(
     diagnose: Annotated[
         bool, typer.Option(help="After a failure, look for the bug and the layer.")
     ] = True,
+    explain: Annotated[
+        str | None,
+        typer.Option(help="Say what this case checks, why, and which bugs it is for; run nothing."),
+    ] = None,
 ) -> None:
     """Test a backend against the float64 reference.
 
@@ -56,10 +59,14 @@ def conformance(
     from gemma_hub_conformance.engine import load_subject, select
     from gemma_hub_conformance.oracle import Oracle
     from gemma_hub_conformance.reports.writing import check_folder, write_reports
+    from gemma_hub_conformance.running import compare_backends, find_causes, run_cases
     from gemma_hub_conformance.seeds import checked_seed
     from gemma_hub_conformance.waivers import read_waivers
 
     try:
+        if explain is not None:
+            out().print(_explained(explain), soft_wrap=True)
+            return
         if recheck is not None:
             name, profile, seed = _rechecked(recheck, name)
         if name is None:
@@ -70,22 +77,48 @@ def conformance(
         if report is not None:
             check_folder(report.expanduser().resolve())
         subject = load_subject(name)
+        others = _others(subject, compare or [])
     except (BackendNotFoundError, PluginError) as error:
         _refuse(error, UNAVAILABLE)
     except InputError as error:
         _refuse(error, USAGE)
     oracle = Oracle()
-    found = _run(subject, oracle, case or None, profile, seed, allowed)
+    found = run_cases(subject, oracle, case or None, profile, seed, allowed)
+    distances = compare_backends(subject, others, oracle, seed)
+    found = dataclasses.replace(found, distances=distances)
     found.print(out())
-    causes = _causes(subject, found, oracle) if diagnose and found.failed else ()
+    causes = find_causes(subject, found, oracle) if diagnose and found.failed else ()
     try:
         if json is not None:
-            _write(json, found.to_json())
+            _write(json, found.to_json(causes))
         if report is not None:
             write_reports(report, found, causes)
     except InputError as error:
         _refuse(error, USAGE)
     raise typer.Exit(found.exit_code)
+
+
+def _explained(id_: str) -> str:
+    """What the documentation says about a case."""
+    from gemma_hub_conformance.engine import select
+    from gemma_hub_conformance.explain import explanation
+
+    (case,) = select([id_])
+    found = explanation(case.id)
+    bugs = "".join(f"\n  - {bug}" for bug in found.bugs)
+    text = f"{case.id}\n\n{found.what}\n\n{found.why}"
+    return f"{text}\n\nBugs that it finds:{bugs}" if bugs else text
+
+
+def _others(subject: "Subject", compared: list[str]) -> "list[Subject]":
+    """The backends to compare `subject` with, each once, under whatever name it is asked for."""
+    from gemma_hub.errors import InputError
+    from gemma_hub_conformance.engine import load_subject
+
+    others = {other.name: other for other in map(load_subject, compared)}
+    if subject.name in others:
+        raise InputError(f"--compare {subject.name} is the backend under test; name another one.")
+    return list(others.values())
 
 
 def _rechecked(path: Path, name: str | None) -> tuple[str, str, int]:
@@ -102,68 +135,6 @@ def _rechecked(path: Path, name: str | None) -> tuple[str, str, int]:
     seed = secrets.randbelow(2**31)
     err().print(f"Seed {seed}; the certificate's was {certificate.seed}.")
     return certificate.backend, certificate.profile, seed
-
-
-def _run(
-    subject: "Subject",
-    oracle: "Oracle",
-    ids: list[str] | None,
-    profile: str,
-    seed: int,
-    waivers: "tuple[Waiver, ...]",
-) -> "Report":
-    from gemma_hub.cli.console import progress_bar
-    from gemma_hub_conformance.engine import run_conformance, select
-    from gemma_hub_conformance.report import CaseResult
-
-    total = len(select(ids, profile))
-    with progress_bar() as progress:
-        done = 0
-
-        def show(result: CaseResult) -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress(result.id, done, total)
-
-        return run_conformance(
-            subject,
-            ids,
-            profile=profile,
-            seed=seed,
-            waivers=waivers,
-            oracle=oracle,
-            on_result=show,
-        )
-
-
-def _causes(subject: "Subject", report: "Report", oracle: "Oracle") -> "tuple[Diagnosis, ...]":
-    """What the diagnosis finds, printed. A backend may break anything, also this."""
-    from gemma_hub.cli.console import err, out
-    from gemma_hub_conformance.diagnosis import diagnose
-
-    try:
-        with _status() as say:
-            causes = diagnose(subject, report, oracle, progress=say)
-    except Exception as error:  # noqa: BLE001 - the verdict stands, whatever the backend does now
-        err().print(f"The diagnosis broke off: {type(error).__name__}: {error}", soft_wrap=True)
-        return ()
-    for cause in causes:
-        advice = "" if cause.advice in cause.text else f"{cause.advice}\n"
-        out().print(f"\n{advice}{cause.text}", soft_wrap=True)
-    return causes
-
-
-@contextmanager
-def _status() -> Iterator[Callable[[str], None] | None]:
-    from gemma_hub.cli.console import err
-
-    console = err()
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status("looking for the bug") as status:
-        yield status.update
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,9 +1,10 @@
-"""What a run of the suite found: verdicts, counts, exit code, table and JSON."""
+"""What a run of the suite found: verdicts, counts, exit code, tables and JSON."""
 
 import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma_hub.cli.console import show_table
+
 if TYPE_CHECKING:
+    from gemma_hub_conformance.diagnosis import Diagnosis
     from gemma_hub_conformance.waivers import Waiver
+
+SCHEMA = 1
+"""Of the JSON document; another number if a reader of this one could not read it."""
+
+_DISTANCES = "Distance of their logits, in units of rounding noise"
 
 
 class Verdict(StrEnum):
@@ -40,6 +49,8 @@ class CaseResult:
         ratio: largest `Judgement.ratio` of its comparisons; None if it made none.
         worst_ratio: likewise.
         seconds: how long it took.
+        layers: ratio of each hidden state, from the embedding to the final norm; empty if the case
+            compares none.
     """
 
     id: str
@@ -48,6 +59,29 @@ class CaseResult:
     ratio: float | None
     worst_ratio: float | None
     seconds: float
+    layers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far the logits of two backends are apart on one input.
+
+    Attributes:
+        first: a backend's name, or that of the reference.
+        second: another's.
+        checkpoint: name of the designed checkpoint.
+        way: "forward", or "cache": a prompt and then one token at a time.
+        ratio: rms of the relative difference of their logits / rms of the rounding noise; None if
+            one of them has none.
+        reason: why there is no ratio; else empty.
+    """
+
+    first: str
+    second: str
+    checkpoint: str
+    way: str
+    ratio: float | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +99,8 @@ class Report:
         version: of that distribution.
         waivers: that were given, whether they were of use or not.
         problems: what is wrong with them.
+        distances: from other backends, if the user asked for them; no part of the verdict.
+        device: that the models were built on; empty if none is known.
     """
 
     backend: str
@@ -77,6 +113,8 @@ class Report:
     version: str = ""
     waivers: "tuple[Waiver, ...]" = ()
     problems: tuple[str, ...] = ()
+    distances: tuple[Distance, ...] = ()
+    device: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -126,12 +164,18 @@ class Report:
         of = "" if self.profile == "full" else f" ({self.profile})"
         return f"{self.backend} {word}{of}: {coverage}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; infinite ratios become strings."""
+    def to_dict(self, causes: "Sequence[Diagnosis]" = ()) -> dict[str, Any]:
+        """The report as JSON types, by reports/schema/report.json; infinite ratios are strings.
+
+        Args:
+            causes: what `gemma_hub_conformance.diagnosis.diagnose` found.
+        """
         return {
+            "schema": SCHEMA,
             "backend": self.backend,
             "distribution": self.distribution,
             "version": self.version,
+            "device": self.device,
             "profile": self.profile,
             "seed": self.seed,
             "exit_code": self.exit_code,
@@ -142,15 +186,14 @@ class Report:
                 {**dataclasses.asdict(each), "expires": str(each.expires)} for each in self.waivers
             ],
             "problems": list(self.problems),
-            "cases": [
-                {key: _plain(value) for key, value in dataclasses.asdict(result).items()}
-                for result in self.results
-            ],
+            "distances": [_plain(dataclasses.asdict(each)) for each in self.distances],
+            "cases": [_plain(dataclasses.asdict(result)) for result in self.results],
+            "causes": [_plain(cause.to_dict()) for cause in causes],
         }
 
-    def to_json(self) -> str:
-        """The report as a JSON document."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+    def to_json(self, causes: "Sequence[Diagnosis]" = ()) -> str:
+        """The same as a JSON document."""
+        return json.dumps(self.to_dict(causes), indent=2, allow_nan=False) + "\n"
 
     def print(self, console: Console) -> None:
         """One line for each case, then the summary."""
@@ -173,13 +216,34 @@ class Report:
             if result.verdict in (Verdict.FAIL, Verdict.ERROR, Verdict.WAIVED):
                 name = (result.id, colours.get(result.verdict, "red"))
                 console.print(Text.assemble(name, ": ", result.message), soft_wrap=True)
+        if self.distances:
+            show_table(console, _DISTANCES, _distance_table(self.distances))
+            for reason in dict.fromkeys(each.reason for each in self.distances if each.reason):
+                console.print(Text(f"No distance: {reason}", style="yellow"), soft_wrap=True)
         for problem in self.problems:
             console.print(Text(problem, style="red"), soft_wrap=True)
         style = {0: "green", 4: "yellow"}.get(self.exit_code, "red")
         console.print(Text(self.summary, style=style), soft_wrap=True)
 
 
+def _distance_table(distances: tuple[Distance, ...]) -> Table:
+    pairs = dict.fromkeys((each.first, each.second) for each in distances)
+    table = Table("input")
+    for first, second in pairs:
+        table.add_column(f"{first}\n{second}", justify="right")
+    ratios = {(e.first, e.second, e.checkpoint, e.way): e.ratio for e in distances}
+    for checkpoint, way in dict.fromkeys((each.checkpoint, each.way) for each in distances):
+        cells = (_number(ratios[*pair, checkpoint, way]) for pair in pairs)
+        table.add_row(f"{checkpoint}, {way}", *cells)
+    return table
+
+
 def _plain(value: Any) -> Any:
+    """`value` as JSON types."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value.value if isinstance(value, Verdict) else value

@@ -1,23 +1,33 @@
 """The files of a run: what they say of passes, failures, waivers and of a partial run."""
 
+import copy
 import dataclasses
 import datetime
 import json
+import math
 from html.parser import HTMLParser
+from importlib import resources
 from xml.etree import ElementTree
 
 import pytest
 import typer
+from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 from gemma_hub.errors import InputError
 from gemma_hub_conformance import plugin
-from gemma_hub_conformance.diagnosis import Diagnosis
+from gemma_hub_conformance.diagnosis import Diagnosis, diagnose
+from gemma_hub_conformance.diagnosis.matching import KnownBugs
+from gemma_hub_conformance.engine import run_conformance
+from gemma_hub_conformance.mutants import all_mutants
+from gemma_hub_conformance.mutants.bank import StandInBackend, StandInModel, control
 from gemma_hub_conformance.profiles import required_cases
-from gemma_hub_conformance.report import CaseResult, Report, Verdict
+from gemma_hub_conformance.report import SCHEMA, CaseResult, Distance, Report, Verdict
 from gemma_hub_conformance.reports import certificate, read_certificate, write_reports
 from gemma_hub_conformance.reports.writing import FILES
+from gemma_hub_conformance.running import default_device
 from gemma_hub_conformance.waivers import Waiver
+from gemma_hub_numpy.model import Reference
 
 NASTY = "<script>alert(1)</script> & \x1b[31m \ud800"
 
@@ -220,3 +230,254 @@ def test_the_command_rechecks_a_certificate_with_a_fresh_seed(tmp_path, certifie
     other = CliRunner().invoke(app, ["conformance", "torch", "--recheck", str(path)])
     assert other.exit_code == 2
     assert "is about 'numpy', not 'torch'" in other.output
+
+
+def test_a_certificate_names_what_failed_and_was_waived_only(certified):
+    # The waiver of a case that is not in the profile is of no use, and excuses nothing.
+    unused = Waiver("L3.float16.of.another_profile", "r", 9.0, datetime.date(2027, 1, 1))
+    assert certificate.content(dataclasses.replace(certified, waivers=(unused,)))["waived"] == []
+
+
+# -- schemas ---------------------------------------------------------------------------------------
+
+SCHEMAS = ("report", "certificate", "badge")
+
+
+def schema(name):
+    folder = resources.files("gemma_hub_conformance.reports").joinpath("schema")
+    return json.loads(folder.joinpath(f"{name}.json").read_text("utf-8"))
+
+
+def fits(name, document):
+    return Draft202012Validator(schema(name)).is_valid(document)
+
+
+def objects(node):
+    """Every schema of an object in a schema."""
+    if isinstance(node, dict):
+        if "properties" in node and node.get("type") == "object":
+            yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for each in node:
+            yield from objects(each)
+
+
+def paths(document, path=()):
+    """The path of everything in a document."""
+    yield path
+    if isinstance(document, dict | list):
+        keys = document if isinstance(document, dict) else range(len(document))
+        for key in keys:
+            yield from paths(document[key], (*path, key))
+
+
+def at(document, path):
+    for key in path:
+        document = document[key]
+    return document
+
+
+def replaced(document, path, value):
+    if not path:
+        return value
+    changed = copy.deepcopy(document)
+    at(changed, path[:-1])[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_one_and_leaves_nothing_open(name):
+    Draft202012Validator.check_schema(schema(name))
+    assert "$id" not in schema(name)
+    assert schema(name)["description"]
+    for each in objects(schema(name)):
+        assert each["additionalProperties"] is False
+        assert sorted(each["required"]) == sorted(each["properties"])
+
+
+class Raises(StandInModel):
+    def forward(self, inputs):
+        raise ZeroDivisionError("on purpose")
+
+
+@pytest.fixture(scope="module")
+def run_files(oracle, tmp_path_factory):
+    """What real runs write: {run: {file: JSON}}."""
+    cases = ["L1.contract.devices", "L2.hidden_states.gqa", "L2.forward.one_token"]
+    raising = dataclasses.replace(
+        control(), name="raising", backend=StandInBackend(Reference, Raises)
+    )
+    bugs = {name: all_mutants()[name] for name in ("mlp-gelu-erf", "mlp-silu")}
+    until = datetime.date(2099, 1, 1)
+    found = {}
+    for name, subject, waivers in (
+        ("pass", control(), ()),
+        ("fail", bugs["mlp-gelu-erf"].subject(), ()),
+        ("error", raising, ()),
+        ("waived", bugs["mlp-gelu-erf"].subject(), [Waiver(i, "r", 1e9, until) for i in cases[1:]]),
+        ("spoilt", control(), [Waiver(cases[1], "r", 1e9, until)]),
+    ):
+        report = run_conformance(subject, cases, oracle=oracle, waivers=waivers)
+        causes = diagnose(subject, report, oracle, known=KnownBugs(oracle, bugs))
+        folder = tmp_path_factory.mktemp("reports") / name
+        write_reports(folder, report, causes)
+        found[name] = {each.stem: json.loads(each.read_text()) for each in folder.glob("*.json")}
+    return found
+
+
+def test_what_real_runs_write_fits_the_schemas(run_files):
+    codes = {name: files["report"]["exit_code"] for name, files in run_files.items()}
+    assert codes == {"pass": 0, "fail": 1, "error": 1, "waived": 4, "spoilt": 1}
+    assert run_files["fail"]["report"]["causes"][0]["mutant"] == "mlp-gelu-erf"
+    assert "ZeroDivisionError" in run_files["error"]["report"]["causes"][0]["exception"]
+    assert len(run_files["fail"]["report"]["cases"][1]["layers"]) == 4
+    assert run_files["spoilt"]["report"]["problems"]
+    for files in run_files.values():
+        assert sorted(files) == ["badge", "report"]
+        for name, document in files.items():
+            Draft202012Validator(schema(name)).validate(document)
+
+
+DISTANCES = (
+    Distance("the truth", "numpy", "gqa", "forward", 1.1),
+    Distance("the truth", "torch", "gqa", "forward", math.inf),
+    Distance("numpy", "torch", "gqa", "cache", None, "torch: does not claim 'cache'"),
+)
+
+
+@pytest.fixture
+def documents(failed, certified, tmp_path):
+    """Each file with something in each of its lists, by the name of its schema."""
+    waiver = Waiver(required_cases()[0], "r", 9.0, datetime.date(2027, 1, 1))
+    layers = dataclasses.replace(failed.results[2], layers=(0.0, 1.5, math.inf))
+    cause = dataclasses.replace(CAUSE, alignment=math.nan, takes=("`a=b`",), exception="E")
+    full = dataclasses.replace(
+        failed,
+        results=(*failed.results[:2], layers),
+        distances=DISTANCES,
+        waivers=(waiver,),
+        problems=("The waiver does not count.",),
+    )
+    first, *others = certified.results
+    waived = dataclasses.replace(first, verdict=Verdict.WAIVED, message="w")
+    write_reports(tmp_path / "a", full, [CAUSE, cause])
+    write_reports(tmp_path / "b", dataclasses.replace(certified, results=(waived, *others)))
+    read = {
+        name: json.loads((tmp_path / folder / f"{name}.json").read_text())
+        for folder, name in (("a", "report"), ("b", "certificate"), ("b", "badge"))
+    }
+    read["report"]["missing"] = read["report"]["missing"][:1]
+    return read
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_any_changed_field_fits_no_longer(documents, name):
+    document = documents[name]
+    Draft202012Validator(schema(name)).validate(document)
+    assert [] not in document.values()
+    for path in paths(document):
+        value = at(document, path)
+        # No field may be an object with such a key, and every object is closed.
+        assert not fits(name, replaced(document, path, {"other": 1})), path
+        if not isinstance(value, dict):
+            continue
+        assert not fits(name, replaced(document, path, value | {"other": 1})), path
+        for key in value:
+            fewer = {k: v for k, v in value.items() if k != key}
+            assert not fits(name, replaced(document, path, fewer)), (*path, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("report", ("schema",), 2),
+        ("report", ("exit_code",), 2),
+        ("report", ("seed",), -1),
+        ("report", ("counts", "pass"), -1),
+        ("report", ("cases", 0, "verdict"), "skipped"),
+        ("report", ("cases", 0, "id"), "forward"),
+        ("report", ("cases", 0, "ratio"), -1.0),
+        ("report", ("cases", 0, "ratio"), "big"),
+        ("report", ("cases", 2, "message"), "a pass says nothing"),
+        ("report", ("cases", 2, "layers", 0), None),
+        ("report", ("waivers", 0, "expires"), "soon"),
+        ("report", ("distances", 0, "way"), "backward"),
+        ("report", ("distances", 0, "ratio"), None),
+        ("report", ("distances", 2, "reason"), ""),
+        ("report", ("causes", 0, "shortest_input"), [-1]),
+        ("certificate", ("schema",), 2),
+        ("certificate", ("manifest",), "abc"),
+        ("certificate", ("seed",), 0.5),
+        ("badge", ("message",), "perfect"),
+        ("badge", ("color",), "blue"),
+        ("badge", ("schemaVersion",), 2),
+    ],
+)
+def test_a_value_that_cannot_be_does_not_fit(documents, name, path, value):
+    assert fits(name, documents[name])
+    assert not fits(name, replaced(documents[name], path, value))
+
+
+def test_the_number_in_the_files_is_that_of_the_schemas():
+    assert schema("report")["properties"]["schema"]["const"] == SCHEMA == 1
+    assert schema("certificate")["properties"]["schema"]["const"] == 1
+
+
+def devices_of(value):
+    class Named(StandInBackend):
+        def devices(self):
+            if isinstance(value, BaseException):
+                raise value
+            return value
+
+    return dataclasses.replace(control(), backend=Named(Reference))
+
+
+@pytest.mark.parametrize(
+    ("found", "device"),
+    [
+        *((("cuda:0", "cpu"), "cuda:0"), ((), ""), ((1,), ""), (None, "")),
+        *((OSError("no"), ""), (SystemExit(0), "")),
+    ],
+)
+def test_the_device_is_the_default_one(found, device):
+    assert default_device(devices_of(found)) == device
+    assert default_device(dataclasses.replace(devices_of(found), harm="hung")) == ""
+
+
+@pytest.fixture
+def run_wrong(monkeypatch):
+    """Runs the command on a wrong backend."""
+    app = typer.Typer()
+    app.command("other")(lambda: None)
+    plugin.gemma_hub_cli(app)
+    bug = all_mutants()["mlp-gelu-erf"]
+    monkeypatch.setattr("gemma_hub_conformance.engine.load_subject", lambda _: bug.subject())
+    command = ["conformance", "x", "--case", "L2.forward.one_token"]
+    return lambda *arguments: CliRunner().invoke(app, [*command, *map(str, arguments)])
+
+
+def test_the_json_option_writes_the_same_as_the_folder(run_wrong, tmp_path):
+    folder, file = tmp_path / "report", tmp_path / "report.json"
+    outcome = run_wrong("--report", folder, "--json", file)
+    assert outcome.exit_code == 1, outcome.output
+    content = json.loads(file.read_text())
+    assert content == json.loads((folder / "report.json").read_text())
+    assert fits("report", content)
+    assert [cause["case"] for cause in content["causes"]] == ["L2.forward.one_token"]
+    assert content["device"] == "cpu"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(0)])
+def test_a_diagnosis_that_breaks_off_leaves_verdict_and_files(
+    run_wrong, monkeypatch, tmp_path, error
+):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("gemma_hub_conformance.running.diagnose", broken)
+    outcome = run_wrong("--json", tmp_path / "report.json")
+    assert outcome.exit_code == 1
+    assert f"The diagnosis broke off: {type(error).__name__}" in outcome.output
+    assert json.loads((tmp_path / "report.json").read_text())["causes"] == []

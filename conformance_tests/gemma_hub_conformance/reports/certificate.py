@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_hub.errors import InputError
 from gemma_hub_conformance.profiles import PROFILES, manifest
-from gemma_hub_conformance.report import Report
+from gemma_hub_conformance.report import Report, Verdict
 from gemma_hub_conformance.small_file import small_text
 
 _SCHEMA = 1
@@ -61,11 +61,12 @@ def content(report: Report) -> dict[str, Any]:
         "backend": report.backend,
         "distribution": report.distribution,
         "version": report.version,
+        "device": report.device,
         "suite": importlib.metadata.version("gemma-hub-conformance"),
         "profile": report.profile,
         "seed": report.seed,
         "cases": len(report.results),
-        "waived": [each.case for each in report.waivers],
+        "waived": [each.id for each in report.results if each.verdict is Verdict.WAIVED],
         "manifest": manifest_digest(),
         "summary": report.summary,
     }

@@ -7,16 +7,20 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from gemma_hub_conformance.report import CaseResult, Report, Verdict
+from gemma_hub_conformance.reports.charts import distance_table, error_by_layer
 
 if TYPE_CHECKING:
     from gemma_hub_conformance.diagnosis import Diagnosis
 
 LEVELS = {
+    "L0": "Package",
     "L1": "Contract",
     "L2": "Meaning, in float32",
     "L3": "Narrower types",
     "L4": "Generation",
     "L5": "Heads, losses, gradients",
+    "L6": "Checkpoints",
+    "L7": "Tokenizer and text",
 }
 _MARKS = {
     Verdict.PASS: "\u2713",
@@ -42,6 +46,8 @@ def render(report: Report, causes: "Sequence[Diagnosis]" = ()) -> str:
             _legend(),
             *(_level(level, report.results) for level in _levels(report.results)),
             _missing(report),
+            error_by_layer(report.results),
+            distance_table(report.distances),
             _failures(report),
             _numbers(report),
         ]
@@ -68,6 +74,7 @@ def _facts(report: Report) -> str:
     facts = [
         ("Backend", f"{report.backend} ({made_by})"),
         ("Profile", report.profile + (", selected cases only" if report.selected else "")),
+        *([("Device", report.device)] if report.device else []),
         ("Seed", str(report.seed)),
         ("Time", f"{sum(result.seconds for result in report.results):.0f} s"),
     ]

@@ -31,9 +31,8 @@ def write_reports(folder: Path, report: Report, causes: "Sequence[Diagnosis]" = 
     """
     folder = folder.expanduser().resolve()
     check_folder(folder)
-    content = report.to_dict() | {"causes": [cause.to_dict() for cause in causes]}
     texts = {
-        "report.json": json.dumps(content, indent=2, allow_nan=False) + "\n",
+        "report.json": report.to_json(causes),
         "junit.xml": junit.render(report),
         "badge.json": json.dumps(badge.content(report), indent=2) + "\n",
         "index.html": page.render(report, causes),

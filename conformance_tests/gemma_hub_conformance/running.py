@@ -1,0 +1,96 @@
+"""The steps of `gemma-hub conformance` that take time, with their progress on the terminal."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from gemma_hub.cli.console import err, out, progress_bar
+from gemma_hub_conformance.diagnosis import Diagnosis, diagnose
+from gemma_hub_conformance.distances import measure_distances
+from gemma_hub_conformance.engine import run_conformance, select
+from gemma_hub_conformance.oracle import Oracle
+from gemma_hub_conformance.report import CaseResult, Distance, Report
+from gemma_hub_conformance.spec import Subject
+from gemma_hub_conformance.time_limit import time_limit
+from gemma_hub_conformance.waivers import Waiver
+
+
+def run_cases(
+    subject: Subject,
+    oracle: Oracle,
+    ids: list[str] | None,
+    profile: str,
+    seed: int,
+    waivers: tuple[Waiver, ...],
+) -> Report:
+    """`run_conformance` under a progress bar; the report names the device."""
+    total = len(select(ids, profile))
+    with progress_bar() as progress:
+        done = 0
+
+        def show(result: CaseResult) -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress(result.id, done, total)
+
+        report = run_conformance(
+            subject,
+            ids,
+            profile=profile,
+            seed=seed,
+            waivers=waivers,
+            oracle=oracle,
+            on_result=show,
+        )
+        return dataclasses.replace(report, device=default_device(subject))
+
+
+def default_device(subject: Subject) -> str:
+    """The device that `subject` builds on if nobody names one; empty where it does not tell."""
+    if subject.harm:
+        return ""
+    try:
+        with time_limit(subject.time_limit):
+            first: object = next(iter(subject.backend.devices()), "")
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - the case about devices says so; the report goes on
+        return ""
+    return first if isinstance(first, str) else ""
+
+
+def compare_backends(
+    subject: Subject, others: Sequence[Subject], oracle: Oracle, seed: int
+) -> tuple[Distance, ...]:
+    """`measure_distances` of them all; none if there are no others."""
+    if not others:
+        return ()
+    with _status("comparing backends") as say:
+        return measure_distances([subject, *others], oracle, seed=seed, progress=say)
+
+
+def find_causes(subject: Subject, report: Report, oracle: Oracle) -> tuple[Diagnosis, ...]:
+    """What the diagnosis finds, printed. A backend may break anything, also this."""
+    try:
+        with _status("looking for the bug") as say:
+            causes = diagnose(subject, report, oracle, progress=say)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the verdict stands, whatever it does now
+        err().print(f"The diagnosis broke off: {type(error).__name__}: {error}", soft_wrap=True)
+        return ()
+    for cause in causes:
+        advice = "" if cause.advice in cause.text else f"{cause.advice}\n"
+        out().print(f"\n{advice}{cause.text}", soft_wrap=True)
+    return causes
+
+
+@contextmanager
+def _status(at_first: str) -> Iterator[Callable[[str], None] | None]:
+    console = err()
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(at_first) as status:
+        yield status.update
