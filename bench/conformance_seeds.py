@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
-from gemma_hub_conformance.engine import load_subject, run_conformance
+from gemma_hub_conformance.engine import load_subject, run_conformance, select
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.report import Report, Verdict
 
@@ -22,17 +22,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default="torch,flax")
     parser.add_argument("--profile", default="core")
+    parser.add_argument("--cases", default="", help="begin with one of these; with commas")
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=500)
     arguments = parser.parse_args()
     subjects = [load_subject(name) for name in arguments.backends.split(",")]
+    beginnings = tuple(arguments.cases.split(","))
+    ids = [c.id for c in select(profile=arguments.profile) if c.id.startswith(beginnings)]
     worst: dict[str, Worst] = {}
     alarms, start = 0, time.monotonic()
     for done, seed in enumerate(range(arguments.first, arguments.first + arguments.seeds), 1):
         oracle = Oracle()  # of one seed, so that memory does not grow
         for subject in subjects:
             fresh = replace(subject, _models={})
-            report = run_conformance(fresh, profile=arguments.profile, seed=seed, oracle=oracle)
+            report = run_conformance(fresh, ids, seed=seed, oracle=oracle)
             alarms += _tell_failures(report)
             _note_worst(worst, report)
         if done % 10 == 0 or done == arguments.seeds:

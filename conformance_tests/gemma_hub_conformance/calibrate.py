@@ -22,7 +22,7 @@ from rich.console import Console
 
 from gemma_hub_conformance.engine import load_subject, run_conformance
 from gemma_hub_conformance.mutants import all_mutants
-from gemma_hub_conformance.mutants.bank import DTYPES, FEATURES, TASKS, control
+from gemma_hub_conformance.mutants.bank import DTYPES, FEATURES, TASKS, control, reference_package
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.report import CaseResult
 from gemma_hub_conformance.spec import Subject
@@ -77,7 +77,15 @@ class Limit:
 
 def witness(seed: int) -> Subject:
     """The numpy backend as one witness."""
-    return Subject(f"witness {seed}", NumpyBackend(), FEATURES, DTYPES, {"witness": seed}, TASKS)
+    return Subject(
+        f"witness {seed}",
+        NumpyBackend(),
+        FEATURES,
+        DTYPES,
+        {"witness": seed},
+        TASKS,
+        package=reference_package(),
+    )
 
 
 def calibrate(backends: Sequence[str], console: Console) -> dict[str, Any]:

@@ -5,12 +5,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemma_hub.backend import Model, SupportsCache, SupportsExport, SupportsGradients, TaskSpec
+from gemma_hub.backend import (
+    FEATURES,
+    Model,
+    SupportsCache,
+    SupportsExport,
+    SupportsGradients,
+    TaskSpec,
+)
 from gemma_hub.errors import GemmaHubError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
-from gemma_hub_conformance.checkpoints import GQA
+from gemma_hub_conformance.checkpoints import GQA, DesignedCheckpoint
 from gemma_hub_conformance.heads import BASE, SEQUENCE, TOKEN
 from gemma_hub_conformance.spec import CaseFailed, Subject
+
+IDS = np.arange(12, 12 + 3 * 23).reshape(3, 23)
+"""(3, 23): the shape of most cases' batches, so that a compiled backend compiles nothing for it."""
 
 
 def check_refused(subject: Subject, feature: str) -> None:
@@ -24,6 +34,23 @@ def check_refused(subject: Subject, feature: str) -> None:
     named = getattr(error, "feature", None)
     if named != feature:
         raise CaseFailed(f"{what} is refused under the name {named!r}")
+
+
+def check_present(subject: Subject, feature: str) -> None:
+    """Fail unless `subject`, which claims `feature`, has it. "task:NAME" is a feature too.
+
+    Whether it does it rightly is a question for other cases.
+    """
+    if feature in _PROTOCOLS:
+        if not isinstance(subject.model(GQA, _dtype(subject)), _PROTOCOLS[feature]):
+            raise CaseFailed(
+                f"the backend claims {feature!r} and its model has no {FEATURES[feature]}"
+            )
+        return
+    try:
+        _use(subject, feature)
+    except UnsupportedFeature as error:
+        raise CaseFailed(f"the backend claims {feature!r} and refuses it: {error}") from error
 
 
 def check_dtype_refused(subject: Subject, dtype: str) -> None:
@@ -40,13 +67,20 @@ def check_dtype_refused(subject: Subject, dtype: str) -> None:
 def _use(subject: Subject, feature: str) -> None:
     if feature.startswith("task:"):
         checkpoint = _TASKS[feature.removeprefix("task:")]
-        task, options = TaskSpec(checkpoint.task), subject.options("float32")
+        task, options = TaskSpec(checkpoint.task), subject.options(_dtype(subject))
         subject.backend.build(checkpoint.config, task, checkpoint.weights(), options)
     elif feature in _CONFIGS:
         config = dataclasses.replace(GQA.config, **_CONFIGS[feature])  # type: ignore[arg-type]
-        subject.backend.build(config, TaskSpec(), GQA.weights(), subject.options("float32"))
+        # With weights that fit, so that it is the feature and nothing else that is refused.
+        weights = DesignedCheckpoint(feature, "", config).weights()
+        subject.backend.build(config, TaskSpec(), weights, subject.options(_dtype(subject)))
     else:
-        _CALLS[feature](subject.model(GQA, "float32"))
+        _CALLS[feature](subject.model(GQA, _dtype(subject)))
+
+
+def _dtype(subject: Subject) -> str:
+    """A compute type that is not what is refused."""
+    return "float32" if "float32" in subject.dtypes else subject.dtypes[0]
 
 
 _CONFIGS: dict[str, dict[str, object]] = {
@@ -69,23 +103,29 @@ def _export(model: Model) -> None:
 
 
 def _embeds(model: Model) -> None:
-    embeds = np.ones((1, 2, GQA.config.hidden_size), np.float32)
+    embeds = np.ones((*IDS.shape, GQA.config.hidden_size), np.float32)
     model.forward(ModelInputs.prepare(GQA.config, inputs_embeds=embeds))
 
 
 def _gradients(model: Model) -> None:
     if not isinstance(model, SupportsGradients):
         raise UnsupportedFeature("gradients", "this one")
-    model.loss_and_gradients(ModelInputs.prepare(GQA.config, [[12, 13]], labels=[[12, 13]]))
+    model.loss_and_gradients(ModelInputs.prepare(GQA.config, IDS, labels=IDS))
 
 
 def _attentions(model: Model) -> None:
-    model.forward(ModelInputs.prepare(GQA.config, [[12, 13]], output_attentions=True))
+    model.forward(ModelInputs.prepare(GQA.config, IDS, output_attentions=True))
 
 
 _TASKS = {
     checkpoint.task: checkpoint
-    for checkpoint in (BASE, SEQUENCE["single_label_classification"], TOKEN)
+    for checkpoint in (GQA, BASE, SEQUENCE["single_label_classification"], TOKEN)
+}
+
+_PROTOCOLS: dict[str, type] = {
+    "cache": SupportsCache,
+    "export": SupportsExport,
+    "gradients": SupportsGradients,
 }
 
 _CALLS: dict[str, Callable[[Model], None]] = {

@@ -5,27 +5,36 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from gemma_hub.errors import InputError, nearest
-from gemma_hub.plugins.registry import plugin_registry
+from gemma_hub.plugins.registry import PluginRegistry, plugin_registry
+from gemma_hub.plugins.trial import set_aside_what_kills
 from gemma_hub_conformance.cases import all_cases
 from gemma_hub_conformance.claims import check_dtype_refused, check_refused
 from gemma_hub_conformance.oracle import Oracle
+from gemma_hub_conformance.package import package_of
 from gemma_hub_conformance.profiles import DEFAULT, Profile, find_profile, required_cases
 from gemma_hub_conformance.report import CaseResult, Report, Verdict
 from gemma_hub_conformance.seeds import checked_seed, seeded
 from gemma_hub_conformance.spec import CaseContext, CaseFailed, CaseSpec, Subject
+from gemma_hub_conformance.time_limit import TimedOut, time_limit
 from gemma_hub_conformance.waivers import Waiver, apply_waivers
 
 __all__ = ["load_subject", "required_cases", "run_case", "run_conformance", "select"]
 
 
-def load_subject(name: str) -> Subject:
+def load_subject(name: str, registry: PluginRegistry | None = None) -> Subject:
     """The installed backend `name`.
+
+    Args:
+        name: as users type it.
+        registry: where to look; that of this process if None.
 
     Raises:
         BackendNotFoundError: there is none of that name.
         PluginError: it is there and cannot be loaded.
     """
-    loaded = plugin_registry().load(name)
+    registry = plugin_registry() if registry is None else registry
+    set_aside_what_kills(registry)
+    loaded = registry.load(name)
     spec = loaded.spec
     return Subject(
         loaded.name,
@@ -35,6 +44,7 @@ def load_subject(name: str) -> Subject:
         tasks=spec.tasks,
         distribution=loaded.distribution,
         version=loaded.version,
+        package=package_of(registry, loaded),
     )
 
 
@@ -106,35 +116,53 @@ def run_conformance(
 
 
 def run_case(case: CaseSpec, subject: Subject, oracle: Oracle) -> CaseResult:
-    """One case on one backend. Never raises for what the backend does."""
+    """One case on one backend. Never raises for what the backend does.
+
+    A backend that hangs, or kills a process, is not run any more: what is left of the cases fails.
+    """
+    if subject.harm:
+        message = f"not run: {subject.harm}"
+        return CaseResult(case.id, Verdict.ERROR, message, None, None, 0.0)
     context = CaseContext(subject, oracle, case.dtype)
     start = time.perf_counter()
     verdict, message = Verdict.PASS, ""
     try:
-        unclaimed = _check_claims(case, subject)
-        if unclaimed:
-            verdict, message = Verdict.UNSUPPORTED, f"{unclaimed} is not claimed, and refused"
-        else:
-            case.run(context)
+        with time_limit(subject.time_limit):
+            unclaimed = _check_claims(case, subject)
+            if unclaimed:
+                verdict, message = Verdict.UNSUPPORTED, f"{unclaimed} is not claimed, and refused"
+            else:
+                case.run(context)
     except CaseFailed as failure:
         verdict, message = Verdict.FAIL, str(failure)
-    except Exception as error:  # noqa: BLE001 - a backend may raise anything; that is a verdict
+    except TimedOut as stop:
+        verdict, message = Verdict.ERROR, str(stop)
+        subject.harm = f"{case.id} {stop}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - it may raise anything, SystemExit(0) as well
         verdict, message = Verdict.ERROR, f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     ratios = [judgement.ratio for judgement in context.judgements]
     worst = [judgement.worst_ratio for judgement in context.judgements]
     return CaseResult(
-        case.id, verdict, message, max(ratios, default=None), max(worst, default=None), seconds
+        case.id,
+        verdict,
+        message,
+        max(ratios, default=None),
+        max(worst, default=None),
+        seconds,
+        context.layers,
     )
 
 
 def _check_claims(case: CaseSpec, subject: Subject) -> str:
     """What `case` needs and `subject` does not claim, after seeing it refused; else ''."""
+    if case.dtype not in subject.dtypes:
+        check_dtype_refused(subject, case.dtype)
+        return f"the dtype {case.dtype!r}"
     # The task first: a feature of a model that is not there cannot be asked for.
     for need in sorted(case.needs - subject.claims, reverse=True):
         check_refused(subject, need)
         return f"{need!r}"
-    if case.dtype not in subject.dtypes:
-        check_dtype_refused(subject, case.dtype)
-        return f"the dtype {case.dtype!r}"
     return ""

@@ -12,6 +12,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub_conformance.checkpoints import DesignedCheckpoint
 from gemma_hub_conformance.oracle import Oracle
+from gemma_hub_conformance.package import Package
 from gemma_hub_conformance.rows import Batch, Row
 from gemma_hub_conformance.seeds import current_seed
 
@@ -25,8 +26,9 @@ class CaseSpec:
     """One case.
 
     Attributes:
-        id: permanent; "L2.cache.chunks_of_3". The first part is its level: L1 contract,
-            L2 meaning in float32, L3 narrower types, L4 generation, L5 heads, losses and gradients.
+        id: permanent; "L2.cache.chunks_of_3". The first part is its level: L0 package, L1 contract,
+            L2 meaning in float32, L3 narrower types, L4 generation, L5 heads, losses and gradients,
+            L6 checkpoints, L7 tokenizer.
         doc: one line, for the reference page.
         run: returns if the backend is right, raises `CaseFailed` if not.
         needs: what it does not apply without: features of `gemma_hub.backend.FEATURES`, and
@@ -42,7 +44,7 @@ class CaseSpec:
 
     @property
     def level(self) -> int:
-        """1 to 5."""
+        """0 to 7."""
         return int(self.id[1])
 
 
@@ -59,6 +61,10 @@ class Subject:
         tasks: tasks that it claims.
         distribution: that ships the backend; empty for one that is not installed.
         version: of that distribution.
+        package: how a new process loads it; None for one that is not installed, which cannot pass
+            the cases of L0.
+        time_limit: seconds that one case may take, or a new process.
+        harm: what it did that made the run stop; empty while it may go on.
     """
 
     name: str
@@ -69,6 +75,9 @@ class Subject:
     tasks: tuple[str, ...] = ("causal_lm",)
     distribution: str = ""
     version: str = ""
+    package: Package | None = None
+    time_limit: float = 600.0
+    harm: str = ""
     _models: dict[tuple[str, str, int], Model] = field(default_factory=dict)
 
     @property
@@ -102,12 +111,18 @@ class CaseContext:
         oracle: what is right.
         dtype: compute type of this case.
         judgements: every comparison that was made, in order.
+        layers: ratio of each hidden state, where the case compares them.
+        values: how many numbers the comparisons were about.
+        requirements: how many conditions were checked, those of the comparisons included.
     """
 
     subject: Subject
     oracle: Oracle
     dtype: str = "float32"
     judgements: list[Judgement] = field(default_factory=list)
+    layers: tuple[float, ...] = ()
+    values: int = 0
+    requirements: int = 0
 
     def model(self, checkpoint: DesignedCheckpoint) -> Model:
         """The subject's model of `checkpoint` in the case's compute type."""
@@ -182,10 +197,34 @@ class CaseContext:
         """The verdict on `found` (n, ...), noted and not acted on."""
         judgement = judge(found, reference, noise_band(reference, witnesses))
         self.judgements.append(judgement)
+        self.values += reference.size
         return judgement
+
+    def compare_layers(
+        self,
+        found: Sequence[np.ndarray],
+        reference: Sequence[np.ndarray],
+        witnesses: Sequence[Sequence[np.ndarray]],
+    ) -> None:
+        """Fail unless every hidden state is within its noise band; keep all their ratios.
+
+        Args:
+            found: the embedding, the layers' outputs and the final norm's, (n, D) each.
+            reference: likewise.
+            witnesses: for each witness the same.
+        """
+        own = list(zip(*witnesses, strict=True))
+        bands = [noise_band(true, each) for true, each in zip(reference, own, strict=True)]
+        # Before the first that is wrong ends the case: a report shows the way to the last.
+        self.layers = tuple(
+            judge(*each).ratio for each in zip(found, reference, bands, strict=True)
+        )
+        for index, state in enumerate(found):
+            self.compare(f"hidden_states[{index}]", state, reference[index], own[index])
 
     def require(self, condition: bool, message: str) -> None:
         """Fail with `message` unless `condition`."""
+        self.requirements += 1
         if not condition:
             self.fail(message)
 

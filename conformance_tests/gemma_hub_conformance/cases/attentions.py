@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, DesignedCheckpoint
 from gemma_hub_conformance.rows import Batch
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
@@ -24,7 +24,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _attentions(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
-    batch = Batch.of(PADDINGS["both_sides"], LENGTH)
+    batch = Batch.of(padded("both_sides"), LENGTH)
     found = context.forward(checkpoint, batch, output_attentions=True).attentions
     config = checkpoint.config
     if found is None or len(found) != config.num_hidden_layers:

@@ -102,10 +102,11 @@ def _hidden_states(context: CaseContext) -> None:
     seen = batch.mask[:, :start]
     truth = context.oracle.truth(GQA, batch.rows, context.dtype)
     kept = _first_tokens(batch, seen)
-    for index in range(GQA.config.num_hidden_layers + 1):
-        found = np.concatenate([part[index] for part in parts], axis=1)[seen]
-        witnesses = tuple(each[index][kept] for each in truth.witness_states)
-        context.compare(f"hidden_states[{index}]", found, truth.states[index][kept], witnesses)
+    context.compare_layers(
+        [np.concatenate(states, axis=1)[seen] for states in zip(*parts, strict=True)],
+        [state[kept] for state in truth.states],
+        [[state[kept] for state in states] for states in truth.witness_states],
+    )
 
 
 def _first_tokens(batch: Batch, seen: np.ndarray) -> np.ndarray:

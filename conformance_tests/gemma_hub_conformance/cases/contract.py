@@ -7,7 +7,7 @@ import numpy as np
 
 from gemma_hub.backend import BuildOptions, SupportsExport, TaskSpec
 from gemma_hub.errors import GemmaHubError, UnsupportedFeature
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA
 from gemma_hub_conformance.rows import Batch
 from gemma_hub_conformance.spec import CaseContext, CaseFailed, CaseSpec, prepare
@@ -45,7 +45,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _batch() -> Batch:
-    return Batch.of(PADDINGS["left_padding"], LENGTH)
+    return Batch.of(padded("left_padding"), LENGTH)
 
 
 def _devices(context: CaseContext) -> None:

@@ -9,16 +9,26 @@ from gemma_hub_conformance.spec import CaseContext, CaseSpec
 LENGTH = 23
 """Slots of every batch of three rows: one shape, so that a compiled backend compiles once."""
 
-PADDINGS = {
-    "no_padding": (row(tokens(23, 1)), row(tokens(23, 2)), row(tokens(23, 3))),
-    "left_padding": (row(tokens(23, 1)), row(tokens(14, 4), left=9), row(tokens(22, 5), left=1)),
-    "right_padding": (row(tokens(23, 1)), row(tokens(17, 6)), row(tokens(14, 4))),
-    "both_sides": (
-        row(tokens(14, 4), left=4),
-        row(tokens(17, 6), left=1),
-        row(tokens(1, 7), left=11),
-    ),
-}
+PADDINGS = ("no_padding", "left_padding", "right_padding", "both_sides")
+
+
+def padded(padding: str) -> tuple[Row, ...]:
+    """Three rows for `LENGTH` slots, padded as the name in `PADDINGS` says.
+
+    The tokens are those of the run's seed, so this is called by a running case.
+    """
+    if padding == "no_padding":
+        return row(tokens(23, 1)), row(tokens(23, 2)), row(tokens(23, 3))
+    if padding == "left_padding":
+        return row(tokens(23, 1)), row(tokens(14, 4), left=9), row(tokens(22, 5), left=1)
+    if padding == "right_padding":
+        return row(tokens(23, 1)), row(tokens(17, 6)), row(tokens(14, 4))
+    return row(tokens(14, 4), left=4), row(tokens(17, 6), left=1), row(tokens(1, 7), left=11)
+
+
+def left_padded() -> tuple[Row, ...]:
+    """The rows that most cases take."""
+    return padded("left_padding")
 
 
 def cases() -> list[CaseSpec]:
@@ -28,24 +38,24 @@ def cases() -> list[CaseSpec]:
             CaseSpec(
                 f"L2.forward.{checkpoint.name}.{padding}",
                 f"Logits of `{checkpoint.name}`: {padding.replace('_', ' ')}.",
-                partial(_matches, checkpoint=checkpoint, rows=rows),
+                partial(_padded, checkpoint=checkpoint, padding=padding),
             )
             for checkpoint in CHECKPOINTS.values()
-            for padding, rows in PADDINGS.items()
+            for padding in PADDINGS
         ),
         CaseSpec(
             "L2.forward.single_row", "A batch of one row.",
-            partial(_matches, checkpoint=GQA, rows=(row(tokens(23, 1)),)),
+            partial(_single_row, tokens_in_it=LENGTH),
         ),
         CaseSpec(
             "L2.forward.one_token", "A batch of one row of one token.",
-            partial(_matches, checkpoint=GQA, rows=(row(tokens(1, 7)),), length=1),
+            partial(_single_row, tokens_in_it=1),
         ),
         *(
             CaseSpec(
                 f"L2.forward.{name}",
                 f"Logits of a model with the feature `{name}`, on a padded batch.",
-                partial(_matches, checkpoint=checkpoint, rows=PADDINGS["left_padding"]),
+                partial(_padded, checkpoint=checkpoint, padding="left_padding"),
                 needs=frozenset({name}),
             )
             for name, checkpoint in LATER.items()
@@ -56,6 +66,15 @@ def cases() -> list[CaseSpec]:
             _left_sweep,
         ),
     ]  # fmt: skip
+
+
+def _padded(context: CaseContext, checkpoint: DesignedCheckpoint, padding: str) -> None:
+    _matches(context, checkpoint, padded(padding))
+
+
+def _single_row(context: CaseContext, tokens_in_it: int) -> None:
+    ids = tokens(tokens_in_it, 1 if tokens_in_it > 1 else 7)
+    _matches(context, GQA, (row(ids),), length=tokens_in_it)
 
 
 def _matches(

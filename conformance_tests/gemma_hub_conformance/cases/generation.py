@@ -16,11 +16,11 @@ from gemma_hub_numpy.model import Reference, Witness
 
 # A tied head with random weights says the last token again and again; this one wanders.
 MODEL = CHECKPOINTS["untied"]
-PROMPTS = (tokens(7, 110), tokens(4, 111), tokens(6, 112))
+LENGTHS = (7, 4, 6)
 Prompts = tuple[tuple[int, ...], ...]
 NEW_TOKENS = 13
 DRAWS = 20
-"""Of prompts, until one fits; with the usual seed that is the first."""
+"""Of prompts, until one fits; with seed 0 that is the first."""
 CERTAIN = 8.0
 """A choice is certain if the logits' gap is more than this many times their noise."""
 
@@ -53,8 +53,9 @@ def cases() -> list[CaseSpec]:
 
 def _greedy(context: CaseContext) -> None:
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, eos_token_id=())
-    found = generate_ids(context.model(MODEL), MODEL.config, PROMPTS, settings)
-    for number, (prompt, result) in enumerate(zip(PROMPTS, found, strict=True)):
+    prompts = _prompts(0)
+    found = generate_ids(context.model(MODEL), MODEL.config, prompts, settings)
+    for number, (prompt, result) in enumerate(zip(prompts, found, strict=True)):
         context.require(
             len(result.token_ids) == NEW_TOKENS and result.finish_reason == "length",
             f"row {number} ended by {result.finish_reason!r} after {len(result.token_ids)} tokens; "
@@ -118,16 +119,19 @@ def _expected(
     """The first prompts whose tokens by the reference hang on no rounding, and those tokens."""
     models = _models()
     for draw in range(DRAWS):
-        prompts = tuple(
-            tokens(len(prompt), 110 + len(PROMPTS) * draw + number) if draw else prompt
-            for number, prompt in enumerate(PROMPTS)
-        )
+        prompts = _prompts(draw)
         results = [generate_ids(model, MODEL.config, prompts, settings) for model in models]
         varied = all(len(set(each.token_ids)) >= len(each.token_ids) / 2 for each in results[0])
         certain = all(other == results[0] for other in results[1:])
         if varied and certain and fits(results[0]):
             return prompts, results[0]
     raise RuntimeError(f"None of {DRAWS} draws of prompts is far from ties and shows anything.")
+
+
+def _prompts(draw: int) -> Prompts:
+    """Three of unequal length, others for each draw."""
+    first = 110 + len(LENGTHS) * draw
+    return tuple(tokens(length, first + number) for number, length in enumerate(LENGTHS))
 
 
 def _models() -> list[NumpyModel]:

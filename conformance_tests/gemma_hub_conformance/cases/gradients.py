@@ -10,7 +10,7 @@ from gemma_hub.backend import SupportsGradients
 from gemma_hub.labels import IGNORED
 from gemma_hub.parameters import ArrayWeights, parameter_shapes
 from gemma_hub_conformance import losses
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, left_padded, padded
 from gemma_hub_conformance.cases.heads import NEEDS
 from gemma_hub_conformance.cases.losses import (
     DRAWS,
@@ -24,6 +24,7 @@ from gemma_hub_conformance.checkpoints import PAD_ID, DesignedCheckpoint
 from gemma_hub_conformance.heads import GRADIENTS, SEQUENCE, TOKEN
 from gemma_hub_conformance.oracle import Gradients
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
+from gemma_hub_conformance.seeds import entropy
 from gemma_hub_conformance.spec import CaseContext, CaseSpec, prepare
 from gemma_hub_numpy.model import Reference
 
@@ -38,13 +39,18 @@ class Problem:
 
     Attributes:
         checkpoint: the model.
-        rows: the tokens; where tokens have labels, some of them count for nothing.
+        draw: makes the rows; where tokens have labels, some of them count for nothing.
         kind: problem type of a sequence classifier.
     """
 
     checkpoint: DesignedCheckpoint
-    rows: tuple[Row, ...]
+    draw: Callable[[], tuple[Row, ...]] = left_padded
     kind: str = ""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The tokens, of the run's seed."""
+        return self.draw()
 
     @property
     def batch(self) -> Batch:
@@ -68,16 +74,21 @@ class Problem:
         return FORMULAS[self.kind](logits, losses.exact, labels)
 
 
-WITH_PADS = tuple(
-    row(tuple(PAD_ID if t in (2, 7, n - 1) else i for t, i in enumerate(tokens(n, 150 + n))), left)
-    for n, left in ((23, 0), (17, 6), (12, 11))
-)
-"""Rows in which the pad id is a real token."""
+def with_pads() -> tuple[Row, ...]:
+    """Rows in which the pad id is a real token."""
+    rows = []
+    for count, left in ((23, 0), (17, 6), (12, 11)):
+        ids = list(tokens(count, 150 + count))
+        for place in (2, 7, count - 1):
+            ids[place] = PAD_ID
+        rows.append(row(ids, left))
+    return tuple(rows)
+
 
 GQA = GRADIENTS["gqa"]
-CAUSAL = Problem(GQA, PADDINGS["left_padding"])
-BY_TOKEN = Problem(TOKEN, PADDINGS["left_padding"])
-BY_ROW = {kind: Problem(SEQUENCE[kind], PADDINGS["left_padding"], kind) for kind in SEQUENCE}
+CAUSAL = Problem(GQA)
+BY_TOKEN = Problem(TOKEN)
+BY_ROW = {kind: Problem(SEQUENCE[kind], kind=kind) for kind in SEQUENCE}
 CHOICE = BY_ROW["single_label_classification"]
 
 
@@ -87,17 +98,17 @@ def cases() -> list[CaseSpec]:
         **{
             f"causal.{name}": (
                 f"Causal loss of `{name}`, left-padded.",
-                Problem(GRADIENTS[name], PADDINGS["left_padding"]),
+                Problem(GRADIENTS[name]),
             )
             for name in ("gqa", "mqa", "mha", "untied", "bias")
         },
         "causal.right_padding": (
             "Causal loss, right-padded.",
-            Problem(GQA, PADDINGS["right_padding"]),
+            Problem(GQA, partial(padded, "right_padding")),
         ),
         "causal.pad_id_as_token": (
             "The pad id as a token: its embedding row is not trained by being looked up.",
-            Problem(GQA, WITH_PADS),
+            Problem(GQA, with_pads),
         ),
         "token": ("Loss of a token classifier, left-padded.", BY_TOKEN),
     }
@@ -127,7 +138,11 @@ def cases() -> list[CaseSpec]:
             "Without a tied head the pad id's row has the gradient 0.",
             _padding_row,
         ),
-        "repeated_call": ("The same call twice gives the same bits.", _repeated_call),
+        # Right and not bit-equal: a GPU adds the rows of the embedding in any order.
+        "repeated_call": (
+            "The same call twice gives the right gradients twice.",
+            partial(_every_parameter, problem=CAUSAL, calls=2),
+        ),
     }
     return [
         CaseSpec(f"L5.gradients.{name}", doc, run, _needs(name))
@@ -174,23 +189,25 @@ def true_gradients(
     return context.oracle.gradients(problem.checkpoint, problem.rows, own, counted)
 
 
-def _every_parameter(context: CaseContext, problem: Problem) -> None:
+def _every_parameter(context: CaseContext, problem: Problem, calls: int = 1) -> None:
     labels = problem.labels()
-    _, found = gradients_of(context, problem, labels)
+    results = [gradients_of(context, problem, labels)[1] for _ in range(calls)]
     truth, *witnesses = true_gradients(context, problem, labels)
-    wrong = []
-    for name, value in found.items():
-        judgement = context.judged(
-            value.reshape(1, -1),
-            truth[name].reshape(1, -1),
-            tuple(each[name].reshape(1, -1) for each in witnesses),
+    for call, found in enumerate(results):
+        wrong = []
+        for name, value in found.items():
+            judgement = context.judged(
+                value.reshape(1, -1),
+                truth[name].reshape(1, -1),
+                tuple(each[name].reshape(1, -1) for each in witnesses),
+            )
+            if not judgement.passed:
+                wrong.append(f"{name}: {judgement.reason}")
+        context.require(
+            not wrong,
+            f"{len(wrong)} of {len(found)} gradients are wrong{' in the second call' * call}: "
+            f"{'; '.join(wrong[:3])}",
         )
-        if not judgement.passed:
-            wrong.append(f"{name}: {judgement.reason}")
-    context.require(
-        not wrong,
-        f"{len(wrong)} of {len(found)} gradients are wrong: {'; '.join(wrong[:3])}",
-    )
 
 
 def _along_directions(context: CaseContext, problem: Problem) -> None:
@@ -207,7 +224,7 @@ def _along_directions(context: CaseContext, problem: Problem) -> None:
 
 def _direction(checkpoint: DesignedCheckpoint, seed: int) -> Gradients:
     """Random numbers for every parameter, each as large as that parameter."""
-    rng = np.random.default_rng([seed, 8])
+    rng = np.random.default_rng(entropy(seed, 8))
     weights = checkpoint.weights()
     return {
         name: rng.standard_normal(weights.shape(name)) * np.sqrt(np.mean(weights.read(name) ** 2))
@@ -245,20 +262,11 @@ def _loss(context: CaseContext) -> None:
 
 
 def _padding_row(context: CaseContext) -> None:
-    problem = Problem(GRADIENTS["untied"], WITH_PADS)
-    _, found = gradients_of(context, problem, problem.labels())
-    rows = found[EMBEDDING]
+    problem = Problem(GRADIENTS["untied"], with_pads)
+    labels = problem.labels()
+    rows = gradients_of(context, problem, labels)[1][EMBEDDING]
+    true = true_gradients(context, problem, labels)[0][EMBEDDING]
     context.require(not rows[PAD_ID].any(), "the pad id's embedding row has a gradient")
-    ids = sorted({i for each in problem.rows for i in each.ids} - {PAD_ID})
-    still = [i for i in ids if not rows[i].any()]
+    # A token that no counted label comes after has none in truth either.
+    still = [i for i in range(len(rows)) if true[i].any() and not rows[i].any()]
     context.require(not still, f"the embedding rows of the tokens {still[:5]} have no gradient")
-
-
-def _repeated_call(context: CaseContext) -> None:
-    (loss, first), (again, second) = (
-        gradients_of(context, CAUSAL, CAUSAL.labels()) for _ in range(2)
-    )
-    changed = [name for name in first if first[name].tobytes() != second[name].tobytes()]
-    context.require(
-        loss == again and not changed, f"two calls differ in some bits: {['loss', *changed][:3]}"
-    )

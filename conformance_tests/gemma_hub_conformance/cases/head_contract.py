@@ -2,7 +2,7 @@
 
 from gemma_hub.backend import SupportsGradients
 from gemma_hub.errors import GemmaHubError, InputError, UnsupportedFeature
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.cases.heads import CLASSIFIER, NEEDS
 from gemma_hub_conformance.cases.losses import sequence_labels, token_labels
 from gemma_hub_conformance.checkpoints import GQA, DesignedCheckpoint
@@ -39,7 +39,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _batch() -> Batch:
-    return Batch.of(PADDINGS["left_padding"], LENGTH)
+    return Batch.of(padded("left_padding"), LENGTH)
 
 
 def _types(context: CaseContext, checkpoint: DesignedCheckpoint, labels: object) -> None:

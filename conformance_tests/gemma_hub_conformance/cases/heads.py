@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from gemma_hub.inputs import ModelInputs
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS, padded
 from gemma_hub_conformance.checkpoints import PAD_ID
 from gemma_hub_conformance.heads import BASE, ONE_LABEL, SEQUENCE, TOKEN
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
@@ -76,7 +76,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _base(context: CaseContext, padding: str) -> None:
-    batch = Batch.of(PADDINGS[padding], LENGTH)
+    batch = Batch.of(padded(padding), LENGTH)
     outputs = context.forward(BASE, batch)
     found, truth = outputs.last_hidden_state, context.oracle.truth(BASE, batch.rows, context.dtype)
     shape = (*batch.mask.shape, BASE.config.hidden_size)
@@ -87,12 +87,12 @@ def _base(context: CaseContext, padding: str) -> None:
 
 
 def _token(context: CaseContext, padding: str) -> None:
-    batch = Batch.of(PADDINGS[padding], LENGTH)
+    batch = Batch.of(padded(padding), LENGTH)
     context.judge_logits(context.forward(TOKEN, batch).logits, TOKEN, batch)
 
 
 def _sequence(context: CaseContext, padding: str) -> None:
-    _judge_pooled(context, PADDINGS[padding])
+    _judge_pooled(context, padded(padding))
 
 
 def _judge_pooled(context: CaseContext, rows: Sequence[Row]) -> None:
@@ -150,12 +150,12 @@ def _masked_row(context: CaseContext) -> None:
 
 
 def _one_label(context: CaseContext) -> None:
-    batch = Batch.of(PADDINGS["left_padding"], LENGTH)
+    batch = Batch.of(padded("left_padding"), LENGTH)
     context.judge_rows(context.forward(ONE_LABEL, batch).logits, ONE_LABEL, batch.rows)
 
 
 def _inputs_embeds(context: CaseContext) -> None:
-    batch = Batch.of(PADDINGS["both_sides"], LENGTH)
+    batch = Batch.of(padded("both_sides"), LENGTH)
     table = CLASSIFIER.weights(context.dtype).read("model.embed_tokens.weight").astype(np.float32)
     inputs = ModelInputs.prepare(
         CLASSIFIER.config,

@@ -7,12 +7,13 @@ import numpy as np
 
 from gemma_hub.labels import IGNORED
 from gemma_hub_conformance import losses
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS, left_padded, padded
 from gemma_hub_conformance.cases.heads import NEEDS
 from gemma_hub_conformance.checkpoints import GQA, PAD_ID, DesignedCheckpoint
 from gemma_hub_conformance.heads import INFERRED, NUM_LABELS, ONE_LABEL, SEQUENCE, TOKEN
 from gemma_hub_conformance.oracle import witness_roundings
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
+from gemma_hub_conformance.seeds import entropy
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
 
 DRAWS = 8  # losses in one case: one alone would say little about its own noise
@@ -25,10 +26,10 @@ Loss = Callable[[np.ndarray, losses.Rounding], float]
 def cases() -> list[CaseSpec]:
     """The causal loss, the loss over tokens, and the three of sequence classification."""
     causal: dict[str, tuple[str, Run]] = {
-        **{padding: (f"{padding.replace('_', ' ')}", partial(_causal, rows=rows))
-           for padding, rows in PADDINGS.items()},
+        **{padding: (padding.replace("_", " "), partial(_causal, draw=partial(padded, padding)))
+           for padding in PADDINGS},
         "ignored_labels": ("-100 at random places of a row", partial(_causal, ignored=0.4)),
-        "unequal_rows": ("the mean is over tokens, not over rows", partial(_causal, rows=UNEQUAL)),
+        "unequal_rows": ("the mean is over tokens, not over rows", partial(_causal, draw=_unequal)),
         "num_items": ("the sum divided by num_items_in_batch", partial(_causal, items=NUM_ITEMS)),
         "pad_id_label": ("a label that is the pad id counts", partial(_causal, pads=0.5)),
         "row_without_labels": ("a padded row without a label adds nothing", _row_without_labels),
@@ -69,7 +70,8 @@ def cases() -> list[CaseSpec]:
     return [*named, narrow]
 
 
-UNEQUAL = (row(tokens(23, 1)), row(tokens(2, 140), left=21), row(tokens(5, 141)))
+def _unequal() -> tuple[Row, ...]:
+    return row(tokens(23, 1)), row(tokens(2, 140), left=21), row(tokens(5, 141))
 
 
 def causal_labels(batch: Batch, seed: int, ignored: float = 0.0, pads: float = 0.0) -> np.ndarray:
@@ -81,7 +83,7 @@ def causal_labels(batch: Batch, seed: int, ignored: float = 0.0, pads: float = 0
         ignored: share of labels that become -100.
         pads: share of labels that become the pad id.
     """
-    rng = np.random.default_rng([seed, 5])
+    rng = np.random.default_rng(entropy(seed, 5))
     labels = batch.input_ids if seed == 0 else rng.integers(12, 131, batch.mask.shape)
     labels = np.where(rng.random(labels.shape) < pads, PAD_ID, labels)
     labels = np.where(rng.random(labels.shape) < ignored, IGNORED, labels)
@@ -93,7 +95,7 @@ def causal_labels(batch: Batch, seed: int, ignored: float = 0.0, pads: float = 0
 
 def token_labels(batch: Batch, seed: int, ignored: float = 0.0) -> np.ndarray:
     """(B, T) random labels of a token classifier, -100 at padding."""
-    rng = np.random.default_rng([seed, 6])
+    rng = np.random.default_rng(entropy(seed, 6))
     labels = rng.integers(0, TOKEN.config.num_labels, batch.mask.shape)
     return np.where(batch.mask & (rng.random(labels.shape) >= ignored), labels, IGNORED)
 
@@ -102,7 +104,7 @@ def sequence_labels(
     kind: str, seed: int, rows: int = 3, num_labels: int = NUM_LABELS
 ) -> np.ndarray:
     """Random labels of a sequence classifier; those of several labels are not 0 or 1 only."""
-    rng = np.random.default_rng([seed, 7])
+    rng = np.random.default_rng(entropy(seed, 7))
     if kind == "single_label_classification":
         return rng.integers(0, num_labels, rows)
     if kind == "multi_label_classification":
@@ -153,12 +155,12 @@ def _forward_losses(
 
 def _causal(
     context: CaseContext,
-    rows: Sequence[Row] = PADDINGS["left_padding"],
+    draw: Callable[[], tuple[Row, ...]] = left_padded,
     ignored: float = 0.0,
     pads: float = 0.0,
     items: int | None = None,
 ) -> None:
-    batch = Batch.of(rows, LENGTH)
+    batch = Batch.of(draw(), LENGTH)
     draws = [causal_labels(batch, seed, ignored, pads) for seed in range(DRAWS)]
     _judge_causal(context, batch, draws, items)
 
@@ -181,7 +183,7 @@ def _row_without_labels(context: CaseContext) -> None:
 
 
 def _after_the_end(context: CaseContext) -> None:
-    batch = Batch.of(PADDINGS["right_padding"], LENGTH)
+    batch = Batch.of(padded("right_padding"), LENGTH)
     draws = []
     for seed in range(DRAWS):
         labels = causal_labels(batch, seed)
@@ -192,7 +194,7 @@ def _after_the_end(context: CaseContext) -> None:
 
 
 def _of_its_logits(context: CaseContext) -> None:
-    batch = Batch.of(PADDINGS["both_sides"], LENGTH)
+    batch = Batch.of(padded("both_sides"), LENGTH)
     found, computed = [], []
     for seed in range(DRAWS):
         labels = causal_labels(batch, seed, ignored=0.2)
@@ -210,7 +212,7 @@ def _of_its_logits(context: CaseContext) -> None:
 
 
 def _token(context: CaseContext, ignored: float = 0.0, items: int | None = None) -> None:
-    batch = Batch.of(PADDINGS["left_padding"], LENGTH)
+    batch = Batch.of(padded("left_padding"), LENGTH)
     draws = [token_labels(batch, seed, ignored) for seed in range(DRAWS)]
     found = _forward_losses(context, TOKEN, batch, draws, num_items_in_batch=items)
     formulas = [partial(losses.token, labels=labels, num_items=items) for labels in draws]
@@ -246,7 +248,7 @@ def _inferred(context: CaseContext) -> None:
 def _judge_sequence(
     context: CaseContext, checkpoint: DesignedCheckpoint, draws: Sequence[tuple[str, np.ndarray]]
 ) -> None:
-    batch = Batch.of(PADDINGS["left_padding"], LENGTH)
+    batch = Batch.of(padded("left_padding"), LENGTH)
     found = _forward_losses(context, checkpoint, batch, [labels for _, labels in draws])
     formulas = [partial(FORMULAS[kind], labels=labels) for kind, labels in draws]
     judge_losses(context, found, checkpoint, batch, formulas)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from gemma_hub.error_model import noise_band, token_errors
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.checkpoints import GQA, PAD_ID
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
@@ -39,7 +39,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _perturbed() -> tuple[Batch, Batch]:
-    rows = PADDINGS["no_padding"]
+    rows = padded("no_padding")
     changed = []
     for each in rows:
         ids = list(each.ids)
@@ -90,7 +90,7 @@ def _pad_id_as_token(context: CaseContext) -> None:
 
 def _padding_content(context: CaseContext) -> None:
     for padding in ("left_padding", "right_padding"):
-        batch = Batch.of(PADDINGS[padding], LENGTH)
+        batch = Batch.of(padded(padding), LENGTH)
         noise = np.array(tokens(batch.mask.size, 60)).reshape(batch.mask.shape)
         ids = np.where(batch.mask, batch.input_ids, noise)
         batch = dataclasses.replace(batch, input_ids=ids)

@@ -3,7 +3,7 @@
 from functools import partial
 
 from gemma_hub_conformance.cases.cache import CAPACITY, prompts
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, DesignedCheckpoint
 from gemma_hub_conformance.rows import Batch
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
@@ -32,7 +32,7 @@ def cases() -> list[CaseSpec]:
 
 
 def _forward(context: CaseContext, checkpoint: DesignedCheckpoint, padding: str) -> None:
-    batch = Batch.of(PADDINGS[padding], LENGTH)
+    batch = Batch.of(padded(padding), LENGTH)
     context.judge_logits(context.forward(checkpoint, batch).logits, checkpoint, batch)
 
 

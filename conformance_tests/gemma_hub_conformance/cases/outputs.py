@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from gemma_hub.inputs import ModelInputs
-from gemma_hub_conformance.cases.forward import LENGTH, PADDINGS
+from gemma_hub_conformance.cases.forward import LENGTH, padded
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, DesignedCheckpoint
 from gemma_hub_conformance.rows import Batch
 from gemma_hub_conformance.spec import CaseContext, CaseSpec
@@ -39,27 +39,25 @@ def cases() -> list[CaseSpec]:
 
 
 def _hidden_states(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
-    batch = Batch.of(PADDINGS["both_sides"], LENGTH)
+    batch = Batch.of(padded("both_sides"), LENGTH)
     states = context.forward(checkpoint, batch, output_hidden_states=True).hidden_states
     config = checkpoint.config
     if states is None or len(states) != config.num_hidden_layers + 1:
         count = "no" if states is None else len(states)
         context.fail(f"got {count} hidden states; expected {config.num_hidden_layers + 1}")
     truth = context.oracle.truth(checkpoint, batch.rows, context.dtype)
+    shape = (*batch.mask.shape, config.hidden_size)
     for index, state in enumerate(states):
-        shape = (*batch.mask.shape, config.hidden_size)
         context.require(
             state.shape == shape,
             f"hidden_states[{index}] has shape {state.shape}; expected {shape}",
         )
-        witnesses = tuple(each[index] for each in truth.witness_states)
-        context.compare(
-            f"hidden_states[{index}]", state[batch.mask], truth.states[index], witnesses
-        )
+    found = [state[batch.mask] for state in states]
+    context.compare_layers(found, truth.states, truth.witness_states)
 
 
 def _logits_to_keep(context: CaseContext, count: int) -> None:
-    batch = Batch.of(PADDINGS["left_padding"], LENGTH)
+    batch = Batch.of(padded("left_padding"), LENGTH)
     logits = context.forward(GQA, batch, logits_to_keep=count).logits
     expected = (len(batch.rows), count, GQA.config.vocab_size)
     context.require(
@@ -73,7 +71,7 @@ def _logits_to_keep(context: CaseContext, count: int) -> None:
 
 
 def _inputs_embeds(context: CaseContext) -> None:
-    batch = Batch.of(PADDINGS["left_padding"], LENGTH)
+    batch = Batch.of(padded("left_padding"), LENGTH)
     table = GQA.weights(context.dtype).read("model.embed_tokens.weight").astype(np.float32)
     inputs = ModelInputs.prepare(
         GQA.config, attention_mask=batch.mask, inputs_embeds=table[batch.input_ids]

@@ -3,21 +3,36 @@
 from gemma_hub_conformance.mutants import (
     attention,
     cache,
+    catalogued,
+    contract,
     embedding,
     feed_forward,
     gradients,
     heads,
+    honesty,
     losses,
     norms,
+    precision,
     rope,
+    sampling,
+    sizes,
+    storage,
+    surviving,
+    text,
+    unseen_arithmetic,
+    unseen_attention,
+    unseen_inputs,
+    unseen_training,
 )
 from gemma_hub_conformance.mutants.bank import Mutant
 
 
 def all_mutants() -> dict[str, Mutant]:
     """Every mutant by its name."""
-    modules = (embedding, norms, rope, attention, feed_forward, cache, heads, losses, gradients)
-    found = [mutant for module in modules for mutant in module.bank.mutants]
+    causal_lm = (embedding, norms, rope, attention, feed_forward, cache, sizes, precision)
+    modules = (contract, *causal_lm, heads, losses, gradients, honesty, sampling, storage, text)
+    unseen = (unseen_attention, unseen_arithmetic, unseen_inputs, unseen_training, surviving)
+    found = [mutant for module in (*modules, catalogued, *unseen) for mutant in module.bank.mutants]
     by_name = {mutant.name: mutant for mutant in found}
     if len(by_name) != len(found):
         raise RuntimeError("Two mutants have one name.")

@@ -1,6 +1,7 @@
 """A mutant: the reference with one thing wrong, under the name of the bug that it re-creates."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +14,8 @@ from gemma_hub.config import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights
+from gemma_hub.plugins.registry import plugin_registry
+from gemma_hub_conformance.package import Package, package_of
 from gemma_hub_conformance.spec import Subject
 from gemma_hub_numpy.backend import NumpyBackend, NumpyModel
 from gemma_hub_numpy.model import Reference
@@ -56,7 +59,8 @@ class StandInBackend:
         return self.model(self.reference(config, weights, task.name))
 
 
-Kind = TypeVar("Kind", bound=type[Reference] | type[StandInModel])
+Wrong = type[Reference] | type[StandInModel] | type[StandInBackend]
+Kind = TypeVar("Kind", bound=Wrong)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +69,42 @@ class Mutant:
 
     Attributes:
         name: as in the bug catalogue, where it is there.
-        kind: the subclass with the bug in it: a `Reference`, or a `StandInModel` around the
-            unchanged reference.
+        kind: the subclass with the bug in it: a `Reference`; or a `StandInModel` or a
+            `StandInBackend` around the unchanged reference.
         case: id of the case that must fail on it.
         hint: what is wrong, in the words of someone who has to fix it.
     """
 
     name: str
-    kind: type[Reference] | type[StandInModel]
+    kind: Wrong
     case: str
     hint: str
 
     def subject(self) -> Subject:
         """The mutant as a backend under test."""
-        if issubclass(self.kind, StandInModel):
+        if issubclass(self.kind, StandInBackend):
+            backend = self.kind(Reference)
+        elif issubclass(self.kind, StandInModel):
             backend = StandInBackend(Reference, self.kind)
         else:
             backend = StandInBackend(self.kind)
-        return Subject(self.name, backend, FEATURES, DTYPES, tasks=TASKS)
+        return _subject(self.name, backend)
 
 
 def control() -> Subject:
     """The reference without a bug, in the same wrapping: it must pass."""
-    return Subject("control", StandInBackend(Reference), FEATURES, DTYPES, tasks=TASKS)
+    return _subject("control", StandInBackend(Reference))
+
+
+@functools.cache
+def reference_package() -> Package:
+    """The installed package of the reference, in whose place a mutant stands."""
+    registry = plugin_registry()
+    return package_of(registry, registry.load("numpy"))
+
+
+def _subject(name: str, backend: StandInBackend) -> Subject:
+    return Subject(name, backend, FEATURES, DTYPES, tasks=TASKS, package=reference_package())
 
 
 class Bank:
