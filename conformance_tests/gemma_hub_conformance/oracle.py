@@ -7,6 +7,7 @@ backend's batches, padding and cache are compared with something that has none o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Truth:
 
 
 Gradients = dict[str, np.ndarray]
+Found = tuple[dict[Any, Any], ...]
+"""What an oracle knows: truths, attentions and gradients by their keys."""
 
 
 class Oracle:
@@ -51,6 +54,22 @@ class Oracle:
         self._truths: dict[tuple[str, Row, str, int], Truth] = {}
         self._attentions: dict[tuple[str, Row, int], tuple[tuple[np.ndarray, ...], ...]] = {}
         self._gradients: dict[tuple[object, ...], tuple[Gradients, ...]] = {}
+
+    def learn(self, found: Found) -> None:
+        """Keep what another oracle found; what is known already stays."""
+        for own, new in zip(self._kept(), found, strict=True):
+            for key, value in new.items():
+                own.setdefault(key, value)
+
+    def found_since(self, told: Sequence[int]) -> Found:
+        """What it found after it knew `told` truths, attentions and gradients, for `learn`."""
+        return tuple(
+            dict(islice(each.items(), count, None))
+            for each, count in zip(self._kept(), told, strict=True)
+        )
+
+    def _kept(self) -> tuple[dict[Any, Any], ...]:
+        return self._truths, self._attentions, self._gradients
 
     def truth(self, checkpoint: DesignedCheckpoint, rows: Sequence[Row], dtype: str) -> Truth:
         """The truth of `rows`, one after the other: n is the number of all their tokens."""

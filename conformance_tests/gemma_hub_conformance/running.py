@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from gemma_hub.cli.console import err, out, progress_bar
+from gemma_hub_conformance.ahead import truths_ahead
 from gemma_hub_conformance.diagnosis import Diagnosis, diagnose
 from gemma_hub_conformance.distances import measure_distances
 from gemma_hub_conformance.engine import run_conformance, select
@@ -24,8 +25,9 @@ def run_cases(
     waivers: tuple[Waiver, ...],
 ) -> Report:
     """`run_conformance` under a progress bar; the report names the device."""
-    total = len(select(ids, profile))
-    with progress_bar() as progress:
+    chosen = [case.id for case in select(ids, profile)]
+    total = len(chosen)
+    with progress_bar() as progress, truths_ahead(chosen, seed, oracle):
         done = 0
 
         def show(result: CaseResult) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from gemma_hub.error_model import RATIO_LIMIT
 from gemma_hub.errors import InputError
 from gemma_hub_conformance.diagnosis import diagnose, write_reproduction
 from gemma_hub_conformance.diagnosis import reproduction as module
@@ -86,9 +87,9 @@ def test_the_script_fails_on_the_broken_backend_only(bug, case, oracle, tmp_path
     broken, right = run(script, site), run(script, site, "numpy")
     assert broken.returncode == 1, broken.stderr
     assert "ratio" in broken.stdout
-    assert float(broken.stdout.split()[1].rstrip(":")) > 5.8
+    assert float(broken.stdout.split()[1].rstrip(":")) > RATIO_LIMIT
     assert right.returncode == 0, right.stderr
-    assert float(right.stdout.split()[1].rstrip(":")) < 5.8
+    assert float(right.stdout.split()[1].rstrip(":")) < RATIO_LIMIT
 
 
 @pytest.fixture(scope="module")

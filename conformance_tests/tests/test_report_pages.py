@@ -23,6 +23,7 @@ from gemma_hub_conformance.reports import page
 from gemma_hub_conformance.reports.charts import distance_table, error_by_layer, places
 
 HOSTILE = "<script>alert(\"1\")</script> & <b>'x'</b>"
+OVER = RATIO_LIMIT + 0.1
 VOID = {"meta", "line", "rect", "circle", "polygon", "polyline", "br"}
 
 
@@ -113,8 +114,8 @@ def test_every_case_has_a_line_and_a_key_that_says_where_it_goes_wrong():
 @pytest.mark.parametrize(
     ("ratios", "says"),
     [
-        ([1.0, 5.9, 300.0], "first above the limit: layer 0 (5.90)"),
-        ([1.0, 5.8, 5.7], "at most 5.80 (layer 0)"),
+        ([1.0, OVER, 300.0], f"first above the limit: layer 0 ({OVER:.2f})"),
+        ([1.0, RATIO_LIMIT, 5.7], f"at most {RATIO_LIMIT:.2f} (layer 0)"),
         ([1.0, math.nan, 300.0], "first above the limit: layer 0 (not finite)"),
         ([math.inf], "first above the limit: embedding (not finite)"),
     ],
@@ -136,7 +137,9 @@ def test_every_point_has_its_number():
 
 def test_points_are_on_the_right_side_of_the_limit_and_of_the_band():
     inside = 2.0
-    parsed = Page(error_by_layer([result("L2.x", [inside, 5.7, 5.9, 1e6], Verdict.FAIL)]))
+    parsed = Page(
+        error_by_layer([result("L2.x", [inside, RATIO_LIMIT - 0.1, OVER, 1e6], Verdict.FAIL)])
+    )
     ((first, below, above, far),) = heights(parsed)
     (band,) = [each for each in parsed.all("rect", "band") if "x" in each]
     limit = height(parsed, "limit")

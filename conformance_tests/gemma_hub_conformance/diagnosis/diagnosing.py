@@ -24,7 +24,7 @@ from gemma_hub_conformance.time_limit import TimedOut
 MAX_CAUSES = 3
 """Causes that one run is searched for."""
 
-MAX_SECONDS = 15.0
+MAX_SECONDS = 30.0
 """After so many no further cause is looked for."""
 
 _UNLIKE = 0.995  # share of the errors that a bug leaves unexplained; naming it would mislead

@@ -30,7 +30,7 @@ SHOWN = 3
 MORE_CASES = 8
 """Largest number of further cases that the subject is run on, to tell candidates apart."""
 
-MAX_SECONDS = 5.0
+MAX_SECONDS = 15.0
 """Time for it all; the bugs that are likeliest for the case are compared first."""
 
 _CASES_KEPT = 12  # the observations of every mutant in one case are up to 100 MB
