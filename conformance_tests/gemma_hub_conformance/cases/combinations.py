@@ -52,6 +52,12 @@ WIDE = DesignedCheckpoint(
         head_dim=256,
     ),
 )
+FRESH = DesignedCheckpoint(
+    "gqa_again",
+    "the main one as a model of its own, whose first cache is a small one",
+    GQA.config,
+    GQA.name,
+)
 MANY_IDS = DesignedCheckpoint(
     "large_vocabulary",
     "more ids than 16 bits hold",
@@ -252,8 +258,8 @@ def _cache_sizes(context: CaseContext) -> None:
     for count, length, capacity, prompt in (small, large, small):
         each = [row(tokens(length - b, 530 + length + b), b) for b in range(count)]
         batch = Batch.of(each, length)
-        logits = context.extend(GQA, batch, [prompt, *[1] * (length - prompt)], capacity)
-        context.judge_logits(logits, GQA, batch)
+        logits = context.extend(FRESH, batch, [prompt, *[1] * (length - prompt)], capacity)
+        context.judge_logits(logits, FRESH, batch)
 
 
 # -- sizes and ranges ----------------------------------------------------------------------------
