@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -259,7 +259,7 @@ def run_row(row: Row) -> tuple[str, dict[str, str]]:
     bug = known_bugs()[name]
     seen = tuple(id_ for id_ in ids if can_see(id_, bug))
     if isinstance(bug, Mutant):
-        found = _cells([id_ for id_ in seen if _meets(id_, bug)], bug.subject())
+        found = _cells([id_ for id_ in seen if _meets(id_, bug)], bug.subject)
     else:
         # What a plug-in does to a process ends with it.
         spawn = multiprocessing.get_context("spawn")
@@ -274,10 +274,15 @@ def _meets(id_: str, mutant: Mutant) -> bool:
     return methods is None or id_ not in _called or not methods.isdisjoint(_called[id_])
 
 
-def _cells(ids: Sequence[str], subject: Subject) -> dict[str, str]:
-    cases = all_cases()
-    subject.time_limit = min(subject.time_limit, _MOST_SECONDS)
-    return {id_: run_cell(cases[id_], subject, _oracle) for id_ in ids}
+def _cells(ids: Sequence[str], subject: Callable[[], Subject]) -> dict[str, str]:
+    cases, found, harm = all_cases(), {}, ""
+    for id_ in ids:
+        # A new one for each case: what a bug keeps from call to call is no matter of the case.
+        each = subject()
+        each.time_limit, each.harm = min(each.time_limit, _MOST_SECONDS), harm
+        found[id_] = run_cell(cases[id_], each, _oracle)
+        harm = each.harm
+    return found
 
 
 def _plugin_cells(name: str, ids: Sequence[str]) -> dict[str, str]:
@@ -288,7 +293,7 @@ def _plugin_cells(name: str, ids: Sequence[str]) -> dict[str, str]:
         subject = load_subject(NAME, registry(Path(folder)))
         # First of all what a new process shows: one that kills it is not run in this one.
         first = "L0.package.fresh_process"
-        cells = _cells((first, *(id_ for id_ in ids if id_ != first)), subject)
+        cells = _cells((first, *(id_ for id_ in ids if id_ != first)), lambda: subject)
         return {id_: cells[id_] for id_ in ids}
 
 
