@@ -6,7 +6,7 @@ right only as long as scores, sizes and batches are as small as those of the des
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from gemma_hub.config import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 from gemma_hub_conformance.cases.cache import CAPACITY, ONE_BY_ONE, PROMPT, prompts
-from gemma_hub_conformance.cases.forward import LENGTH, left_padded, padded
+from gemma_hub_conformance.cases.forward import LENGTH, judge_sequences, left_padded, padded
 from gemma_hub_conformance.cases.laws import HUGE, Arrays, Rewritten
 from gemma_hub_conformance.cases.liveness import ONE_LAYER
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, LATER, DesignedCheckpoint
@@ -175,18 +175,11 @@ def cases() -> list[CaseSpec]:
 # -- calls ---------------------------------------------------------------------------------------
 
 
-def _matches(
-    context: CaseContext, checkpoint: DesignedCheckpoint, rows: Sequence[Row], length: int
-) -> None:
-    batch = Batch.of(rows, length)
-    context.judge_logits(context.forward(checkpoint, batch).logits, checkpoint, batch)
-
-
 def _shapes(context: CaseContext) -> None:
     for rows, length in ((3, LENGTH), (2, 9), (5, 17), (1, 1), (3, LENGTH)):
         lefts = (0, *[min(2, length - 1)] * (rows - 1))
         each = [row(tokens(length - left, 500 + length + left), left) for left in lefts]
-        _matches(context, ONE_LAYER, each, length)
+        judge_sequences(context, ONE_LAYER, each, length)
 
 
 def _same_ids(context: CaseContext) -> None:
@@ -268,21 +261,21 @@ def _cache_sizes(context: CaseContext) -> None:
 def _many_rows(context: CaseContext) -> None:
     rows = [row(tokens(7 - b % 3, 540 + b), left=b % 3) for b in range(17)]
     for part in (rows, rows[:2]):
-        _matches(context, ONE_LAYER, part, 7)
+        judge_sequences(context, ONE_LAYER, part, 7)
 
 
 def _long(context: CaseContext) -> None:
-    _matches(context, NARROW, [row(tokens(LONG, 560))], LONG)
+    judge_sequences(context, NARROW, [row(tokens(LONG, 560))], LONG)
 
 
 def _few_tokens(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
     size = checkpoint.config.vocab_size
     rows = [row((*tokens(8, 570, size), size - 1)), row((*tokens(6, 571, size), size - 2), 2)]
-    _matches(context, checkpoint, rows, 9)
+    judge_sequences(context, checkpoint, rows, 9)
 
 
 def _judged(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
-    _matches(context, checkpoint, left_padded(), LENGTH)
+    judge_sequences(context, checkpoint, left_padded(), LENGTH)
 
 
 def _law(context: CaseContext, checkpoint: DesignedCheckpoint, factor: float) -> None:

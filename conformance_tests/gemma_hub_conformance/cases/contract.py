@@ -8,7 +8,7 @@ import numpy as np
 from gemma_hub.backend import BuildOptions, SupportsExport, TaskSpec
 from gemma_hub.errors import GemmaHubError, UnsupportedFeature
 from gemma_hub_conformance.cases.forward import LENGTH, padded
-from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA
+from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, DesignedCheckpoint
 from gemma_hub_conformance.rows import Batch
 from gemma_hub_conformance.spec import CaseContext, CaseFailed, CaseSpec, prepare
 
@@ -36,7 +36,7 @@ def cases() -> list[CaseSpec]:
         CaseSpec(
             f"L1.contract.export_{name}",
             f"The parameters of `{name}` come back bit-equal, by their names, and no others.",
-            partial(_export, name=name),
+            partial(judge_export, checkpoint=CHECKPOINTS[name]),
             needs=frozenset({"export"}),
         )
         for name in ("gqa", "untied", "bias")
@@ -118,8 +118,8 @@ def _refuses_task(context: CaseContext) -> None:
     )
 
 
-def _export(context: CaseContext, name: str) -> None:
-    checkpoint = CHECKPOINTS[name]
+def judge_export(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
+    """Fail unless the model of `checkpoint` gives its parameters back bit for bit."""
     model = context.model(checkpoint)
     if not isinstance(model, SupportsExport):
         context.fail("the backend claims 'export' and its model has no export")

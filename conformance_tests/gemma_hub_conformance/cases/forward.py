@@ -1,5 +1,6 @@
 """L2.forward: logits of every designed checkpoint, padded on every side."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, LATER, DesignedCheckpoint
@@ -69,20 +70,21 @@ def cases() -> list[CaseSpec]:
 
 
 def _padded(context: CaseContext, checkpoint: DesignedCheckpoint, padding: str) -> None:
-    _matches(context, checkpoint, padded(padding))
+    judge_sequences(context, checkpoint, padded(padding))
 
 
 def _single_row(context: CaseContext, tokens_in_it: int) -> None:
     ids = tokens(tokens_in_it, 1 if tokens_in_it > 1 else 7)
-    _matches(context, GQA, (row(ids),), length=tokens_in_it)
+    judge_sequences(context, GQA, (row(ids),), length=tokens_in_it)
 
 
-def _matches(
+def judge_sequences(
     context: CaseContext,
     checkpoint: DesignedCheckpoint,
-    rows: tuple[Row, ...],
+    rows: Sequence[Row],
     length: int = LENGTH,
 ) -> None:
+    """Fail unless the logits of `rows`, in a batch of `length` slots, are right."""
     batch = Batch.of(rows, length)
     context.judge_logits(context.forward(checkpoint, batch).logits, checkpoint, batch)
 
@@ -90,4 +92,4 @@ def _matches(
 def _left_sweep(context: CaseContext) -> None:
     ids = tokens(5, 8)
     for first in range(0, 18, 3):
-        _matches(context, GQA, tuple(row(ids, left=first + i) for i in range(3)))
+        judge_sequences(context, GQA, tuple(row(ids, left=first + i) for i in range(3)))

@@ -156,14 +156,19 @@ def _needs(name: str) -> frozenset[str]:
 
 
 def gradients_of(
-    context: CaseContext, problem: Problem, labels: np.ndarray
+    context: CaseContext, problem: Problem, labels: np.ndarray, items: int | None = None
 ) -> tuple[float, Gradients]:
-    """The subject's loss and gradients in NumPy; fails unless all are there and fit."""
+    """The subject's loss and gradients in NumPy; fails unless all are there and fit.
+
+    `items` is num_items_in_batch.
+    """
     checkpoint = problem.checkpoint
     model = context.model(checkpoint)
     if not isinstance(model, SupportsGradients):
         context.fail("the backend claims 'gradients' and its model has no loss_and_gradients")
-    loss, native = model.loss_and_gradients(prepare(checkpoint, problem.batch, labels=labels))
+    wanted = {} if items is None else {"num_items_in_batch": items}
+    inputs = prepare(checkpoint, problem.batch, labels=labels, **wanted)
+    loss, native = model.loss_and_gradients(inputs)
     context.require(type(loss) is float, f"the loss is {type(loss).__name__}; expected float")
     found = {name: model.to_numpy(array) for name, array in native.items()}
     shapes = parameter_shapes(checkpoint.config, checkpoint.task)
@@ -178,21 +183,34 @@ def gradients_of(
 
 
 def true_gradients(
-    context: CaseContext, problem: Problem, labels: np.ndarray
+    context: CaseContext, problem: Problem, labels: np.ndarray, items: int | None = None
 ) -> tuple[Gradients, ...]:
     """The reference's and then each witness's, every row alone and without padding."""
     if problem.checkpoint.task == "sequence_classification":
         return context.oracle.gradients(problem.checkpoint, problem.rows, list(labels), len(labels))
-    own = [labels[b, list(each.slots)] for b, each in enumerate(problem.rows)]
+    # A row without a token has no gradient, and no truth of its own.
+    kept = {b: each for b, each in enumerate(problem.rows) if each.ids}
+    own = [labels[b, list(each.slots)] for b, each in kept.items()]
     first = 1 if problem.checkpoint.task == "causal_lm" else 0
     counted = sum(int(np.count_nonzero(each[first:] != IGNORED)) for each in own)
-    return context.oracle.gradients(problem.checkpoint, problem.rows, own, counted)
+    divisor = counted if items is None else items
+    return context.oracle.gradients(problem.checkpoint, list(kept.values()), own, divisor)
 
 
 def _every_parameter(context: CaseContext, problem: Problem, calls: int = 1) -> None:
-    labels = problem.labels()
-    results = [gradients_of(context, problem, labels)[1] for _ in range(calls)]
-    truth, *witnesses = true_gradients(context, problem, labels)
+    judge_gradients(context, problem, problem.labels(), calls=calls)
+
+
+def judge_gradients(
+    context: CaseContext,
+    problem: Problem,
+    labels: np.ndarray,
+    items: int | None = None,
+    calls: int = 1,
+) -> None:
+    """Fail unless every parameter's gradient is right, in each of so many calls."""
+    results = [gradients_of(context, problem, labels, items)[1] for _ in range(calls)]
+    truth, *witnesses = true_gradients(context, problem, labels, items)
     for call, found in enumerate(results):
         wrong = []
         for name, value in found.items():

@@ -5,12 +5,11 @@ from functools import partial
 
 import numpy as np
 
-from gemma_hub.backend import SupportsExport, SupportsGradients
-from gemma_hub.labels import IGNORED
 from gemma_hub_conformance import losses
 from gemma_hub_conformance.cases.combinations import multiplied
+from gemma_hub_conformance.cases.contract import judge_export
 from gemma_hub_conformance.cases.forward import LENGTH, left_padded, padded
-from gemma_hub_conformance.cases.gradients import Problem
+from gemma_hub_conformance.cases.gradients import Problem, judge_gradients
 from gemma_hub_conformance.cases.heads import CLASSIFIER, NEEDS
 from gemma_hub_conformance.cases.laws import Rewritten
 from gemma_hub_conformance.cases.losses import (
@@ -23,7 +22,7 @@ from gemma_hub_conformance.cases.losses import (
 from gemma_hub_conformance.checkpoints import CHECKPOINTS, GQA, LATER, DesignedCheckpoint
 from gemma_hub_conformance.heads import GRADIENTS, SEQUENCE, TOKEN
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
-from gemma_hub_conformance.spec import CaseContext, CaseSpec, prepare
+from gemma_hub_conformance.spec import CaseContext, CaseSpec
 
 BCE = "multi_label_classification"
 LARGE = 2.0**7
@@ -115,7 +114,7 @@ def cases() -> list[CaseSpec]:
         *(
             CaseSpec(
                 f"L5.export.{kind}", f"The parameters of a {kind} classifier come back bit-equal.",
-                partial(_export, checkpoint=checkpoint), NEEDS[kind] | {"export"},
+                partial(judge_export, checkpoint=checkpoint), NEEDS[kind] | {"export"},
             )
             for kind, checkpoint in (("sequence", CLASSIFIER), ("token", TOKEN))
         ),
@@ -170,53 +169,10 @@ def _gradients(
     labels = causal_labels(batch, 1, ignored=0.2, pads=pads)
     if first:
         labels[:, 0] = 20
-    _judge(context, problem, labels, items)
-
-
-def _judge(
-    context: CaseContext, problem: Problem, labels: np.ndarray, items: int | None = None
-) -> None:
-    found = _found(context, problem, labels, items)
-    # A row without a token has no gradient, and no truth of its own.
-    kept = [b for b, each in enumerate(problem.rows) if each.ids]
-    own = [labels[b, list(problem.rows[b].slots)] for b in kept]
-    counted = sum(int(np.count_nonzero(each[1:] != IGNORED)) for each in own)
-    rows = [problem.rows[b] for b in kept]
-    divisor = counted if items is None else items
-    truth, *witnesses = context.oracle.gradients(problem.checkpoint, rows, own, divisor)
-    for name, value in found.items():
-        context.compare(
-            name,
-            value.reshape(1, -1),
-            truth[name].reshape(1, -1),
-            tuple(each[name].reshape(1, -1) for each in witnesses),
-        )
-
-
-def _found(
-    context: CaseContext, problem: Problem, labels: np.ndarray, items: int | None
-) -> dict[str, np.ndarray]:
-    model = context.model(problem.checkpoint)
-    if not isinstance(model, SupportsGradients):
-        context.fail("the backend claims 'gradients' and its model has no loss_and_gradients")
-    inputs = prepare(problem.checkpoint, problem.batch, labels=labels, num_items_in_batch=items)
-    native = model.loss_and_gradients(inputs)[1]
-    return {name: model.to_numpy(array) for name, array in native.items()}
+    judge_gradients(context, problem, labels, items)
 
 
 def _other_labels(context: CaseContext) -> None:
     problem = Problem(GRADIENTS["gqa"])
     for seed in (1, 2):
-        _judge(context, problem, problem.labels(seed))
-
-
-def _export(context: CaseContext, checkpoint: DesignedCheckpoint) -> None:
-    model = context.model(checkpoint)
-    if not isinstance(model, SupportsExport):
-        context.fail("the backend claims 'export' and its model has no export")
-    exported, original = model.export(), checkpoint.weights()
-    found, expected = set(exported.names()), set(original.names())
-    context.require(found == expected, f"the names differ: {sorted(found ^ expected)[:5]}")
-    for name in sorted(expected):
-        same = np.asarray(exported.read(name)).tobytes() == original.read(name).tobytes()
-        context.require(same, f"{name} is not bit-equal to what was loaded")
+        judge_gradients(context, problem, problem.labels(seed))
