@@ -20,8 +20,15 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/gemma-hub parity tiny --backends torch,flax --html $(REPORT)/parity.html --json $(REPORT)/parity.json
 	@echo "Open $(REPORT)/parity.html in a browser."
 
+# In two processes, which take about as long: the suite's own tests, and all others.
 test: $(VENV)/.installed-tests
-	$(VENV)/bin/python -m pytest -q
+	@mkdir -p $(REPORT)
+	@$(VENV)/bin/python -m pytest -q conformance_tests > $(REPORT)/conformance_tests.txt 2>&1 & suite=$$!; \
+	trap "kill $$suite" INT TERM; \
+	$(VENV)/bin/python -m pytest -q tests backends plugins docs; rest=$$?; \
+	wait $$suite; suite=$$?; \
+	cat $(REPORT)/conformance_tests.txt; \
+	exit $$((suite | rest))
 
 lint: $(VENV)/.installed-tests
 	$(VENV)/bin/ruff check .
