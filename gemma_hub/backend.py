@@ -19,6 +19,7 @@ from gemma_hub.parameters import Weights
 
 FEATURES: dict[str, str] = {
     "cache": "init_cache and extend: prefill, chunked prefill and decode",
+    "cache_rows": "gather_rows: caches made of the rows of others; extend from a shortened cache",
     "export": "export: the parameters back as Weights, so that any backend can save",
     "gradients": "loss_and_gradients: the loss, and its gradient for every parameter",
     "attentions": "every layer's attention probabilities",
@@ -130,6 +131,56 @@ class Cache:
             next_position=np.where(latest >= 0, latest + 1, self.next_position),
         )
 
+    def shortened(self, counts: np.ndarray) -> Self:
+        """The cache without the latest tokens of each row, whose positions must be consecutive.
+
+        Only for a model with the "cache_rows" feature: the arrays are the same ones.
+
+        Args:
+            counts: (B,) how many real tokens each row forgets.
+        """
+        # The last `counts` real slots of a row: those with fewer real ones behind them.
+        behind = self.valid[:, ::-1].cumsum(axis=1)[:, ::-1]
+        valid = self.valid & (behind > counts[:, None])
+        used = np.flatnonzero(valid.any(axis=0))
+        return dataclasses.replace(
+            self,
+            valid=valid,
+            length=int(used[-1]) + 1 if len(used) else 0,
+            next_position=self.next_position - counts,
+        )
+
+    @classmethod
+    def gathered(
+        cls, caches: Sequence[Self], rows: Sequence[tuple[int, int]], max_length: int
+    ) -> tuple[Self, np.ndarray]:
+        """The book of a cache that is made of rows of others, for `gather_rows`.
+
+        Args:
+            caches: where the rows come from.
+            rows: for each new row the index of its cache and of its row there.
+            max_length: slots of the new cache.
+
+        Returns:
+            The cache without arrays: each row's real tokens in their order, all rows ending in the
+            same slot. And (B, max_length) int64: which slot each slot comes from, counted over
+            the rows of all caches end to end; -1 for one that stays empty.
+
+        Raises:
+            CapacityError: a row has more tokens than `max_length`.
+        """
+        firsts = np.cumsum([0, *(cache.valid.size for cache in caches)])
+        held = [np.flatnonzero(caches[place].valid[row]) for place, row in rows]
+        length = max(map(len, held))
+        if length > max_length:
+            raise CapacityError(f"A row has {length} tokens; {max_length} slots do not hold them.")
+        slots = np.full((len(rows), max_length), -1, np.int64)
+        for index, ((place, row), own) in enumerate(zip(rows, held, strict=True)):
+            first = firsts[place] + row * caches[place].capacity
+            slots[index, length - len(own) : length] = first + own
+        position = np.array([caches[place].next_position[row] for place, row in rows])
+        return cls(None, slots >= 0, length, position), slots
+
 
 @runtime_checkable
 class Model(Protocol):
@@ -162,6 +213,21 @@ class SupportsCache(Protocol):
 
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for tokens that follow those in the cache, and the cache with them in it."""
+        ...
+
+
+@runtime_checkable
+class SupportsCacheRows(SupportsCache, Protocol):
+    """The "cache_rows" feature.
+
+    `extend` takes `valid`, `length` and `next_position` from the cache that it is given, which may
+    be one that `Cache.shortened` returned.
+    """
+
+    def gather_rows(
+        self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
+    ) -> Cache:
+        """A new cache made of rows of others, which stay as they are; see `Cache.gathered`."""
         ...
 
 

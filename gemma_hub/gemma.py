@@ -38,6 +38,7 @@ TASKS: dict[str, type[LoadedModel]] = {
 _PROMISES = {
     "forward": ("device", "forward", "native", "to_numpy"),
     "cache": ("extend", "init_cache"),
+    "cache_rows": ("gather_rows",),
     "export": ("export",),
     "gradients": ("loss_and_gradients",),
 }

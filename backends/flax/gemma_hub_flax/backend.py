@@ -18,7 +18,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_flax import model
-from gemma_hub_flax.cache import KeyValueCache
+from gemma_hub_flax.cache import KeyValueCache, gathered
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
 from gemma_hub_flax.weights import build_module, check_dtype, export_weights, named_leaves
 
@@ -100,9 +100,22 @@ class FlaxModel:
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for the tokens after those in `cache`; consumes its arrays."""
         cache.admit(inputs)
-        past: KeyValueCache = cache.arrays
+        past = self._past(cache)
         out = self._run(inputs, past)
         return self._outputs(out), cache.advanced(inputs, out.past_key_values)
+
+    def gather_rows(
+        self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
+    ) -> Cache:
+        """A new cache made of rows of others, which stay as they are."""
+        cache, slots = Cache.gathered(caches, rows, max_length)
+        places = jax.device_put(slots, find_device(self.device))
+        layers = [
+            gathered(parts, places)
+            for parts in zip(*(each.arrays.layers for each in caches), strict=True)
+        ]
+        arrays = dataclasses.replace(caches[0].arrays, layers=tuple(layers))
+        return dataclasses.replace(cache, arrays=arrays)
 
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Array]]:
         """The loss of `inputs.labels` without dropout, and its gradient by every parameter.
@@ -128,6 +141,18 @@ class FlaxModel:
         if array.dtype in (jnp.bfloat16, jnp.float16):
             array = array.astype(jnp.float32)
         return np.asarray(array)
+
+    def _past(self, cache: Cache) -> KeyValueCache:
+        """The arrays under the book of `cache`, which may have been shortened since."""
+        past: KeyValueCache = cache.arrays
+        # Copies, because `run` may write into the memory of what it is given.
+        device = find_device(self.device)
+        return dataclasses.replace(
+            past,
+            valid=jax.device_put(cache.valid.copy(), device),
+            next_position=jax.device_put(cache.next_position.astype(np.int32), device),
+            length=cache.length,
+        )
 
     def _run(self, inputs: ModelInputs, past: KeyValueCache | None) -> Any:
         graphdef, state = nnx.split(self.native)

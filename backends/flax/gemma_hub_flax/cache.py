@@ -1,6 +1,7 @@
 """Keys and values, preallocated. Twin: gemma_hub_torch/cache.py."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -117,3 +118,18 @@ def append(cache: LayerCache | None, k: Array, v: Array, start: Array | int) -> 
 def filled(array: Array, num_slots: Array | int) -> Array:
     """(B, S, ...) up to the slots that a query may have to look at: shapes are fixed, so all."""
     return array
+
+
+@jax.jit
+def gathered(layers: Sequence[LayerCache], slots: Array) -> LayerCache:
+    """(B, S) slots of one layer of several caches, counted end to end; zeros at -1."""
+    return LayerCache(
+        take([layer.keys for layer in layers], slots),
+        take([layer.values for layer in layers], slots),
+    )
+
+
+def take(arrays: list[Array], slots: Array) -> Array:
+    """(B, S, K, H) of the slots of (b, s, K, H) arrays, counted end to end; zeros at -1."""
+    flat = [array.reshape(-1, *array.shape[2:]) for array in arrays]
+    return jnp.concatenate([*flat, jnp.zeros_like(flat[0][:1])])[slots]

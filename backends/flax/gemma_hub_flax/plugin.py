@@ -11,7 +11,9 @@ def gemma_hub_backends() -> list[BackendSpec]:
             name="flax",
             api_version="1.0",
             factory="gemma_hub_flax.backend:FlaxBackend",
-            features=frozenset({"attentions", "cache", "export", "gradients", "inputs_embeds"}),
+            features=frozenset(
+                {"attentions", "cache", "cache_rows", "export", "gradients", "inputs_embeds"}
+            ),
             tasks=("base", "causal_lm", "sequence_classification", "token_classification"),
             dtypes=("float32", "bfloat16", "float16"),
             requires=("flax>=0.12,<0.13", "jax>=0.10"),

@@ -16,7 +16,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_torch import model
-from gemma_hub_torch.cache import KeyValueCache
+from gemma_hub_torch.cache import KeyValueCache, gathered
 from gemma_hub_torch.devices import device_names, find_device
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
 
@@ -101,10 +101,24 @@ class TorchModel:
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for the tokens after those in `cache`; overwrites its arrays. No dropout."""
         cache.admit(inputs)
-        past: KeyValueCache = cache.arrays
+        past = self._past(cache)
         with _without_dropout(self.native):
             out = self.native(**self._arguments(inputs), past_key_values=past)
         return self._outputs(out), cache.advanced(inputs, out.past_key_values)
+
+    @torch.no_grad()
+    def gather_rows(
+        self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
+    ) -> Cache:
+        """A new cache made of rows of others, which stay as they are."""
+        cache, slots = Cache.gathered(caches, rows, max_length)
+        places = torch.tensor(slots, device=self.device)
+        layers = [
+            gathered(parts, places)
+            for parts in zip(*(each.arrays.layers for each in caches), strict=True)
+        ]
+        arrays = dataclasses.replace(caches[0].arrays, layers=tuple(layers))
+        return dataclasses.replace(cache, arrays=arrays)
 
     @torch.enable_grad()
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Tensor]]:
@@ -132,6 +146,16 @@ class TorchModel:
         if array.dtype in (torch.bfloat16, torch.float16):
             array = array.to(torch.float32)
         return array.detach().cpu().numpy()
+
+    def _past(self, cache: Cache) -> KeyValueCache:
+        """The arrays under the book of `cache`, which may have been shortened since."""
+        past: KeyValueCache = cache.arrays
+        return dataclasses.replace(
+            past,
+            valid=torch.tensor(cache.valid, device=self.device),
+            next_position=torch.tensor(cache.next_position, device=self.device),
+            length=cache.length,
+        )
 
     def _arguments(self, inputs: ModelInputs) -> dict[str, Any]:
         arrays = {

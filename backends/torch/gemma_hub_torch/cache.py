@@ -1,6 +1,7 @@
 """Keys and values, preallocated. Twin: gemma_hub_flax/cache.py."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,3 +106,17 @@ def append(cache: LayerCache | None, k: Tensor, v: Tensor, start: int) -> LayerC
 def filled(array: Tensor, num_slots: int) -> Tensor:
     """The first `num_slots` of (B, S, ...): the slots that a query may have to look at."""
     return array[:, :num_slots]
+
+
+def gathered(layers: Sequence[LayerCache], slots: Tensor) -> LayerCache:
+    """(B, S) slots of one layer of several caches, counted end to end; zeros at -1."""
+    return LayerCache(
+        take([layer.keys for layer in layers], slots),
+        take([layer.values for layer in layers], slots),
+    )
+
+
+def take(arrays: list[Tensor], slots: Tensor) -> Tensor:
+    """(B, S, K, H) of the slots of (b, s, K, H) arrays, counted end to end; zeros at -1."""
+    flat = [array.flatten(0, 1) for array in arrays]
+    return torch.cat([*flat, torch.zeros_like(flat[0][:1])])[slots]

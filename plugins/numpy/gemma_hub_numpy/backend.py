@@ -1,5 +1,6 @@
 """The backend "numpy": the contract of gemma_hub around `Reference` and `Witness`."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,6 +76,16 @@ class NumpyModel:
         valid = cache.admit(inputs)
         outputs = self.native.run(inputs, valid, cache.length, cache.arrays)
         return self._typed(outputs), cache.advanced(inputs, cache.arrays)
+
+    def gather_rows(
+        self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
+    ) -> Cache:
+        cache, slots = Cache.gathered(caches, rows, max_length)
+        layers = zip(*(each.arrays for each in caches), strict=True)
+        arrays = [
+            tuple(_gathered(each, slots) for each in zip(*layer, strict=True)) for layer in layers
+        ]
+        return dataclasses.replace(cache, arrays=arrays)
 
     def export(self) -> Weights:
         return self.native.weights
@@ -168,3 +179,10 @@ def _check_options(options: BuildOptions) -> None:
                 "witness is given with dtype 'float64', where nothing is rounded. Leave it out, or "
                 "ask for float32, bfloat16 or float16."
             )
+
+
+def _gathered(arrays: Sequence[np.ndarray], slots: np.ndarray) -> np.ndarray:
+    """(B, S, ...) of the slots of (b, s, ...) arrays counted end to end; zeros where it is -1."""
+    shape = arrays[0].shape[2:]
+    flat = [array.reshape(-1, *shape) for array in arrays]
+    return np.concatenate([*flat, np.zeros((1, *shape), arrays[0].dtype)])[slots]

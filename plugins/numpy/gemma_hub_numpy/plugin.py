@@ -15,6 +15,7 @@ def gemma_hub_backends() -> list[BackendSpec]:
                 {
                     "attentions",
                     "cache",
+                    "cache_rows",
                     "export",
                     "gradients",
                     "inputs_embeds",
