@@ -118,7 +118,7 @@ def test_bad_logits_are_an_error_that_names_row_and_step(temperature, value, wor
     logits[1, slice(None) if value == -np.inf else 2] = value
     chosen = GenerationSettings(temperature=temperature, seed=0)
     with pytest.raises(GemmaHubError, match=f"row 1 at step 7 {words}") as caught:
-        choose(logits, chosen, np.full(3, 0.5), step=7)
+        choose(logits, chosen, np.full(3, 0.5), steps=7)
     assert not isinstance(caught.value, InputError)
 
 

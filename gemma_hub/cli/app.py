@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_hub.cli.backends import backends
+from gemma_hub.cli.chat import chat
 from gemma_hub.cli.classify import classify
 from gemma_hub.cli.console import say_error
 from gemma_hub.cli.convert import convert
@@ -55,8 +56,8 @@ app = typer.Typer(
 _Group.core = app
 
 _COMMANDS = (
-    generate, score, classify, tag, tokenize, parity, verify, convert, inspect, formats, backends,
-    doctor, new_backend,
+    generate, chat, score, classify, tag, tokenize, parity, verify, convert, inspect, formats,
+    backends, doctor, new_backend,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -1,24 +1,23 @@
 """The generation loop: prompts in, new tokens out, over any backend's model.
 
 It prefills all prompts at once, left-padded to one length, and then feeds one token a row and step.
+Once half of the rows have ended, the others go on without them.
 A row's tokens depend on its prompt, the settings and its index in the request: not on the other
 rows, the padding or the size of the cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from gemma_hub.backend import Model, SupportsCache
+from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError, InputError
-from gemma_hub.generation.random import uniform
-from gemma_hub.generation.rules import Row, apply_rules, check_ids
-from gemma_hub.generation.sampling import check_logits, choose, log_probabilities
+from gemma_hub.generation.choosing import Chooser
+from gemma_hub.generation.context import Context, can_edit, left_padded, open_context
+from gemma_hub.generation.rules import Row, check_ids
 from gemma_hub.generation.settings import GenerationSettings
-from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import FinishReason
 
 Ends = Callable[[int, int], bool]
@@ -97,7 +96,8 @@ def stream_ids(
     check_ids(settings, config.vocab_size)
     each = settings.num_return_sequences
     rows = [Row(index, checked[index // each]) for index in range(len(checked) * each)]
-    return _steps(model, config, rows, settings, ends) if rows else iter(())
+    chooser = Chooser.of(settings, config)
+    return _steps(model, config, rows, chooser, ends) if rows else iter(())
 
 
 def _checked_prompt(
@@ -131,119 +131,52 @@ def _checked_prompt(
 
 
 def _steps(
-    model: Model,
-    config: GemmaConfig,
-    rows: list[Row],
-    settings: GenerationSettings,
-    ends: Ends | None,
+    model: Model, config: GemmaConfig, rows: list[Row], chooser: Chooser, ends: Ends | None
 ) -> Iterator[NewToken]:
-    stops = config.eos_token_ids if settings.eos_token_ids is None else settings.eos_token_ids
-    pad = config.pad_token_id or 0
-    ids, mask = _left_padded([row.prompt for row in rows], pad)
-    capacity = ids.shape[1] + settings.max_new_tokens - 1
-    context: _Context = (
-        _CachedContext(model, config, len(rows), capacity)
-        if isinstance(model, SupportsCache)
-        else _WholeContext(model, config)
-    )
-    running = np.ones(len(rows), np.bool_)
+    settings, pad = chooser.settings, config.pad_token_id or 0
+    context, logits = _prefilled(model, config, rows, settings)
+    held, runs = rows, np.ones(len(rows), np.bool_)  # the rows of the context; some may have ended
     for step in range(settings.max_new_tokens):
-        # What a finished row's logits are is nobody's business; zeros pass every check.
-        logits = np.where(running[:, None], context.next_logits(ids, mask), 0.0)
-        chosen = _chosen(logits, rows, running, settings, stops, step)
-        logprobs = log_probabilities(logits, chosen) if settings.logprobs else None
-        stopped = np.isin(chosen, stops)
+        places = np.flatnonzero(runs)
+        choice = chooser.choose(logits[places], [held[place] for place in places])
         is_last = step == settings.max_new_tokens - 1
-        for index in np.flatnonzero(running):
-            token_id = int(chosen[index])
-            rows[index].new.append(token_id)
+        for index, place in enumerate(places):
+            row, token_id = held[place], int(choice.token_ids[index])
+            row.new.append(token_id)
+            stops = token_id in chooser.stops
             if ends is not None:
-                stopped[index] |= ends(int(index), token_id)
-            reason: FinishReason | None = (
-                "stop" if stopped[index] else "length" if is_last else None
-            )
-            logprob = None if logprobs is None else float(logprobs[index])
-            yield NewToken(int(index), token_id, reason, logprob)
-        running = running & ~stopped
-        if not running.any():
+                stops |= ends(row.index, token_id)
+            runs[place] = not stops
+            reason: FinishReason | None = "stop" if stops else "length" if is_last else None
+            yield NewToken(row.index, token_id, reason, choice.logprob(index))
+        if is_last or not runs.any():
             return
-        ids, mask = np.where(running, chosen, pad)[:, None], running[:, None]
+        if 2 * runs.sum() <= len(held) and can_edit(model):
+            places = np.flatnonzero(runs)
+            context = context.gather([(0, int(place)) for place in places], _slots(rows, settings))
+            held, runs = [held[place] for place in places], np.ones(len(places), np.bool_)
+        ids = np.array([row.new[-1] for row in held])
+        logits = context.extend(np.where(runs, ids, pad)[:, None], runs[:, None])[:, -1]
 
 
-def _chosen(
-    logits: np.ndarray,
-    rows: list[Row],
-    running: np.ndarray,
-    settings: GenerationSettings,
-    stops: tuple[int, ...],
-    step: int,
-) -> np.ndarray:
-    """(B,) the next token of each row; anything where a row has ended."""
-    if settings.has_rules:
-        check_logits(logits, step)  # so that a rule is not blamed for what the model did
-        live = np.flatnonzero(running)
-        logits = logits.astype(np.float64)
-        logits[live] = apply_rules(logits[live], [rows[index] for index in live], settings, stops)
-    return choose(logits, settings, _uniforms(settings, len(rows), step), step=step)
+def _prefilled(
+    model: Model, config: GemmaConfig, rows: list[Row], settings: GenerationSettings
+) -> tuple[Context, np.ndarray]:
+    """A context that has read the prompt of each row, and the (B, V) logits after it."""
+    # Each prompt is read once where rows can be repeated.
+    each = settings.num_return_sequences if can_edit(model) else 1
+    ids, mask = left_padded([row.prompt for row in rows[::each]], config.pad_token_id or 0)
+    context = open_context(model, config, len(ids), _slots(rows, settings))
+    logits = context.extend(ids, mask)[:, -1]
+    if each == 1:
+        return context, logits
+    copies = [(0, prompt) for prompt in range(len(ids)) for _ in range(each)]
+    return context.gather(copies, _slots(rows, settings)), np.repeat(logits, each, axis=0)
 
 
-def _uniforms(settings: GenerationSettings, rows: int, step: int) -> np.ndarray | None:
-    return None if settings.seed is None else uniform(settings.seed, np.arange(rows), step)
-
-
-def _left_padded(prompts: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T) ids and bool mask with every prompt at the right end."""
-    length = max(map(len, prompts))
-    ids = np.full((len(prompts), length), pad, np.int64)
-    mask = np.zeros((len(prompts), length), np.bool_)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return ids, mask
-
-
-class _Context(Protocol):
-    def next_logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """(B, V) logits after the (B, T) tokens are added to what came before."""
-        ...
-
-
-class _CachedModel(Model, SupportsCache, Protocol):
-    """A model with the "cache" feature."""
-
-
-class _CachedContext:
-    """The tokens so far are in the backend's cache."""
-
-    def __init__(
-        self, model: _CachedModel, config: GemmaConfig, batch_size: int, max_length: int
-    ) -> None:
-        self._model, self._config = model, config
-        self._cache = model.init_cache(batch_size, max_length)
-
-    def next_logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        inputs = ModelInputs.prepare(
-            self._config, ids, mask, logits_to_keep=1, next_position=self._cache.next_position
-        )
-        outputs, self._cache = self._model.extend(inputs, self._cache)
-        return self._model.to_numpy(outputs.logits)[:, -1]
-
-
-class _WholeContext:
-    """For a backend without a cache: the whole sequence runs again at every step."""
-
-    def __init__(self, model: Model, config: GemmaConfig) -> None:
-        self._model, self._config = model, config
-        self._ids: np.ndarray | None = None
-        self._mask: np.ndarray | None = None
-
-    def next_logits(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        if self._ids is not None and self._mask is not None:
-            ids, mask = np.hstack([self._ids, ids]), np.hstack([self._mask, mask])
-        self._ids, self._mask = ids, mask
-        inputs = ModelInputs.prepare(self._config, ids, mask, logits_to_keep=1)
-        outputs = self._model.forward(inputs)
-        return self._model.to_numpy(outputs.logits)[:, -1]
+def _slots(rows: list[Row], settings: GenerationSettings) -> int:
+    """Slots that the longest row needs; its last token is never fed."""
+    return max(len(row.prompt) for row in rows) + settings.max_new_tokens - 1
 
 
 def _record(tokens: list[NewToken]) -> GeneratedIds:

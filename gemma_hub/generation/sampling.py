@@ -15,7 +15,8 @@ def choose(
     settings: GenerationSettings,
     uniform: np.ndarray | None = None,
     *,
-    step: int = 0,
+    rows: np.ndarray | None = None,
+    steps: np.ndarray | int = 0,
 ) -> np.ndarray:
     """The next token of each row.
 
@@ -26,7 +27,8 @@ def choose(
         logits: (B, V) of any floating type; -inf forbids a token.
         settings: temperature, top_k, top_p, min_p and typical_p.
         uniform: (B,) numbers from 0 to below 1; not read at temperature 0.
-        step: index of the new token, for the error message only.
+        rows: (B,) numbers of the rows, for the error message only; None for 0 to B - 1.
+        steps: index of the new token of each row, likewise.
 
     Returns:
         (B,) int64 token ids.
@@ -34,7 +36,7 @@ def choose(
     Raises:
         GemmaHubError: a row holds NaN or +inf, or nothing but -inf.
     """
-    check_logits(logits, step)
+    check_logits(logits, np.arange(len(logits)) if rows is None else rows, steps)
     if settings.temperature == 0:
         return np.asarray(np.argmax(logits, axis=1))
     if uniform is None:
@@ -112,19 +114,22 @@ def _descending(scores: np.ndarray) -> np.ndarray:
     return np.sort(scores, axis=1)[:, ::-1]
 
 
-def check_logits(logits: np.ndarray, step: int) -> None:
+def check_logits(logits: np.ndarray, rows: np.ndarray, steps: np.ndarray | int) -> None:
     """Refuse (B, V) logits that no token can be chosen from.
 
     Raises:
-        GemmaHubError: a row holds NaN or +inf, or nothing but -inf.
+        GemmaHubError: a row holds NaN or +inf, or nothing but -inf. It names the number of the row
+            and the step.
     """
     # The maximum alone tells: it is NaN, +inf, or -inf exactly for the three kinds of bad row.
     largest = logits.max(axis=1)
     bad = np.flatnonzero(~np.isfinite(largest))
     if len(bad):
-        row = bad[0]
-        what = "NaN" if np.isnan(largest[row]) else f"{largest[row]} as the largest value"
+        place = bad[0]
+        found = largest[place]
+        what = "NaN" if np.isnan(found) else f"{found} as the largest value"
+        step = np.broadcast_to(steps, rows.shape)[place]
         raise GemmaHubError(
-            f"The logits of row {row} at step {step} hold {what}; no token can be chosen. Check "
-            "the checkpoint's weights, or use a wider dtype such as dtype='float32'."
+            f"The logits of row {rows[place]} at step {step} hold {what}; no token can be chosen. "
+            "Check the checkpoint's weights, or use a wider dtype such as dtype='float32'."
         )

@@ -185,4 +185,4 @@ def _gathered(arrays: Sequence[np.ndarray], slots: np.ndarray) -> np.ndarray:
     """(B, S, ...) of the slots of (b, s, ...) arrays counted end to end; zeros where it is -1."""
     shape = arrays[0].shape[2:]
     flat = [array.reshape(-1, *shape) for array in arrays]
-    return np.concatenate([*flat, np.zeros((1, *shape), arrays[0].dtype)])[slots]
+    return np.asarray(np.concatenate([*flat, np.zeros((1, *shape), arrays[0].dtype)])[slots])
