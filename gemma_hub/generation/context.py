@@ -1,7 +1,7 @@
 """What a model has read so far: rows of tokens that grow, shrink and move.
 
-Two kinds with one face: `CachedContext` keeps the tokens in the backend's cache; `WholeContext`, for
-one without a cache, runs the whole sequence again at every step.
+Two kinds with one face: `CachedContext` keeps the tokens in the backend's cache; `WholeContext`,
+for one without a cache, runs the whole sequence again at every step.
 """
 
 from collections.abc import Sequence
