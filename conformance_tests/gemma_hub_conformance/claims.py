@@ -9,6 +9,7 @@ from gemma_hub.backend import (
     FEATURES,
     Model,
     SupportsCache,
+    SupportsCacheRows,
     SupportsExport,
     SupportsGradients,
     TaskSpec,
@@ -96,6 +97,12 @@ def _cache(model: Model) -> None:
     model.init_cache(1, 1)
 
 
+def _cache_rows(model: Model) -> None:
+    if not isinstance(model, SupportsCacheRows):
+        raise UnsupportedFeature("cache_rows", "this one")
+    model.gather_rows([model.init_cache(1, 1)], [(0, 0)], 1)
+
+
 def _export(model: Model) -> None:
     if not isinstance(model, SupportsExport):
         raise UnsupportedFeature("export", "this one")
@@ -124,12 +131,14 @@ _TASKS = {
 
 _PROTOCOLS: dict[str, type] = {
     "cache": SupportsCache,
+    "cache_rows": SupportsCacheRows,
     "export": SupportsExport,
     "gradients": SupportsGradients,
 }
 
 _CALLS: dict[str, Callable[[Model], None]] = {
     "cache": _cache,
+    "cache_rows": _cache_rows,
     "export": _export,
     "inputs_embeds": _embeds,
     "gradients": _gradients,

@@ -24,6 +24,9 @@ def conformance(
     seed: Annotated[
         int, typer.Option(help="Draw other weights, inputs and roundings than those of seed 0.")
     ] = 0,
+    device: Annotated[
+        str, typer.Option(help="Build every model on this device of the backend.")
+    ] = "auto",
     waivers: Annotated[
         Path | None, typer.Option(help="TOML file of failures that may be, each for a while.")
     ] = None,
@@ -76,7 +79,7 @@ def conformance(
         allowed = read_waivers(waivers) if waivers else ()
         if report is not None:
             check_folder(report.expanduser().resolve())
-        subject = load_subject(name)
+        subject = load_subject(name, device=device)
         others = _others(subject, compare or [])
     except (BackendNotFoundError, PluginError) as error:
         _refuse(error, UNAVAILABLE)

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from gemma_hub.backend import Backend
 from gemma_hub.errors import InputError, nearest
 from gemma_hub.plugins.registry import PluginRegistry, plugin_registry
 from gemma_hub.plugins.trial import set_aside_what_kills
@@ -21,21 +22,26 @@ from gemma_hub_conformance.waivers import Waiver, apply_waivers
 __all__ = ["load_subject", "required_cases", "run_case", "run_conformance", "select"]
 
 
-def load_subject(name: str, registry: PluginRegistry | None = None) -> Subject:
+def load_subject(
+    name: str, registry: PluginRegistry | None = None, *, device: str = "auto"
+) -> Subject:
     """The installed backend `name`.
 
     Args:
         name: as users type it.
         registry: where to look; that of this process if None.
+        device: that every model is built on, one of the backend's; "auto" for its default.
 
     Raises:
         BackendNotFoundError: there is none of that name.
+        InputError: the backend does not list the device.
         PluginError: it is there and cannot be loaded.
     """
     registry = plugin_registry() if registry is None else registry
     set_aside_what_kills(registry)
     loaded = registry.load(name)
     spec = loaded.spec
+    _check_device(device, loaded.backend, loaded.name)
     return Subject(
         loaded.name,
         loaded.backend,
@@ -44,8 +50,36 @@ def load_subject(name: str, registry: PluginRegistry | None = None) -> Subject:
         tasks=spec.tasks,
         distribution=loaded.distribution,
         version=loaded.version,
+        device=device,
         package=package_of(registry, loaded),
     )
+
+
+def _check_device(device: str, backend: Backend, name: str) -> None:
+    if device == "auto":
+        return
+    try:
+        known = [str(each) for each in backend.devices()]
+    except Exception as error:
+        raise InputError(f"{name} does not tell its devices ({error}).") from error
+    if device not in known:
+        raise InputError(f"{name} has no device {device!r}; it has {', '.join(known)}.")
+
+
+def device_of(subject: Subject) -> str:
+    """The device that `subject` builds on; empty where nobody names one and it does not tell."""
+    if subject.device != "auto":
+        return subject.device
+    if subject.harm:
+        return ""
+    try:
+        with time_limit(subject.time_limit):
+            first: object = next(iter(subject.backend.devices()), "")
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - the case about devices says so; the report goes on
+        return ""
+    return first if isinstance(first, str) else ""
 
 
 def select(ids: Iterable[str] | None = None, profile: str = DEFAULT) -> list[CaseSpec]:
@@ -110,6 +144,7 @@ def run_conformance(
         seed=seed,
         distribution=subject.distribution,
         version=subject.version,
+        device=device_of(subject),
     )
     waived, problems = apply_waivers(report.results, waivers)
     return dataclasses.replace(report, results=waived, waivers=tuple(waivers), problems=problems)

@@ -130,7 +130,7 @@ def _build_arguments(request: Json) -> tuple[Any, ...]:
     from gemma_hub.backend import BuildOptions, TaskSpec
     from gemma_hub_conformance.cases.package import MODEL
 
-    options = BuildOptions(dtype="float32", extra=request["extra"])
+    options = BuildOptions(dtype="float32", device=request["device"], extra=request["extra"])
     return MODEL.config, TaskSpec(MODEL.task), MODEL.weights(), options
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gemma_hub.backend import BuildOptions
 from gemma_hub.plugins.guard import timeout_from_environment
 from gemma_hub.plugins.info import LoadedBackend
 from gemma_hub.plugins.registry import PluginRegistry
@@ -104,20 +105,21 @@ class Package:
                 self._light = failure
         return _or_raise(self._light)
 
-    def whole(self, extra: Mapping[str, Any], time_limit: float) -> Whole:
+    def whole(self, options: BuildOptions, time_limit: float) -> Whole:
         """Load the backend, build a model with the run's seed and run it once in a new process.
 
         Args:
-            extra: `BuildOptions.extra`.
+            options: what the model is built with, but for the type, which is float32.
             time_limit: seconds that this may take.
 
         Raises:
             PackageFailure: something was raised, or the process died or hung.
         """
-        key = json.dumps([dict(extra), current_seed()], sort_keys=True)
+        asked = {"device": options.device, "extra": dict(options.extra), "seed": current_seed()}
+        key = json.dumps(asked, sort_keys=True)
         if key not in self._whole:
             try:
-                self._whole[key] = self._observed_whole(extra, time_limit)
+                self._whole[key] = self._observed_whole(asked, time_limit)
             except PackageFailure as failure:
                 self._whole[key] = failure
         return _or_raise(self._whole[key])
@@ -144,14 +146,8 @@ class Package:
             error=first["error"],
         )
 
-    def _observed_whole(self, extra: Mapping[str, Any], time_limit: float) -> Whole:
-        request = {
-            "part": "whole",
-            "name": self.spec.name,
-            "extra": dict(extra),
-            "seed": current_seed(),
-            **self._found(),
-        }
+    def _observed_whole(self, asked: Mapping[str, Any], time_limit: float) -> Whole:
+        request = {"part": "whole", "name": self.spec.name, **asked, **self._found()}
         what = "loading it, building a model and running it"
         report, logits = observed(request, time_limit, what)
         if report["error"]:

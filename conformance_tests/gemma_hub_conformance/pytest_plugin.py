@@ -17,7 +17,7 @@ RESULTS: "pytest.StashKey[list[CaseResult]]" = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --gemma-backend, --gemma-profile and --gemma-seed."""
+    """Add --gemma-backend, --gemma-profile, --gemma-seed and --gemma-device."""
     group = parser.getgroup("gemma_hub", "gemma_hub conformance")
     group.addoption(
         "--gemma-backend",
@@ -35,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         help="draw other weights, inputs and roundings than those of seed 0",
+    )
+    group.addoption(
+        "--gemma-device",
+        metavar="DEVICE",
+        default="auto",
+        help="build every model on this device of the backend",
     )
 
 

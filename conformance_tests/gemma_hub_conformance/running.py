@@ -1,6 +1,5 @@
 """The steps of `gemma-hub conformance` that take time, with their progress on the terminal."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +11,6 @@ from gemma_hub_conformance.engine import run_conformance, select
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.report import CaseResult, Distance, Report
 from gemma_hub_conformance.spec import Subject
-from gemma_hub_conformance.time_limit import time_limit
 from gemma_hub_conformance.waivers import Waiver
 
 
@@ -24,7 +22,7 @@ def run_cases(
     seed: int,
     waivers: tuple[Waiver, ...],
 ) -> Report:
-    """`run_conformance` under a progress bar; the report names the device."""
+    """`run_conformance` under a progress bar."""
     chosen = [case.id for case in select(ids, profile)]
     total = len(chosen)
     with progress_bar() as progress, truths_ahead(chosen, seed, oracle):
@@ -36,7 +34,7 @@ def run_cases(
             if progress:
                 progress(result.id, done, total)
 
-        report = run_conformance(
+        return run_conformance(
             subject,
             ids,
             profile=profile,
@@ -45,21 +43,6 @@ def run_cases(
             oracle=oracle,
             on_result=show,
         )
-        return dataclasses.replace(report, device=default_device(subject))
-
-
-def default_device(subject: Subject) -> str:
-    """The device that `subject` builds on if nobody names one; empty where it does not tell."""
-    if subject.harm:
-        return ""
-    try:
-        with time_limit(subject.time_limit):
-            first: object = next(iter(subject.backend.devices()), "")
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: BLE001 - the case about devices says so; the report goes on
-        return ""
-    return first if isinstance(first, str) else ""
 
 
 def compare_backends(

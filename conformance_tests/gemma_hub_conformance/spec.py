@@ -61,6 +61,7 @@ class Subject:
         tasks: tasks that it claims.
         distribution: that ships the backend; empty for one that is not installed.
         version: of that distribution.
+        device: `BuildOptions.device` for every model.
         package: how a new process loads it; None for one that is not installed, which cannot pass
             the cases of L0.
         time_limit: seconds that one case may take, or a new process.
@@ -75,6 +76,7 @@ class Subject:
     tasks: tuple[str, ...] = ("causal_lm",)
     distribution: str = ""
     version: str = ""
+    device: str = "auto"
     package: Package | None = None
     time_limit: float = 600.0
     harm: str = ""
@@ -87,7 +89,7 @@ class Subject:
 
     def options(self, dtype: str) -> BuildOptions:
         """What every model is built with."""
-        return BuildOptions(dtype=dtype, extra=self.extra)
+        return BuildOptions(dtype=dtype, device=self.device, extra=self.extra)
 
     def model(self, checkpoint: DesignedCheckpoint, dtype: str) -> Model:
         """The model of a checkpoint, built once."""

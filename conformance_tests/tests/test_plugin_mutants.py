@@ -36,7 +36,7 @@ class Site:
         """The result of the command."""
         load, here = engine.load_subject, registry(self.folder)
 
-        def load_here(name):
+        def load_here(name, **_):
             return dataclasses.replace(load(name, here), time_limit=time_limit)
 
         self._monkeypatch.setattr(engine, "load_subject", load_here)

@@ -18,14 +18,13 @@ from gemma_hub.errors import InputError
 from gemma_hub_conformance import plugin
 from gemma_hub_conformance.diagnosis import Diagnosis, diagnose
 from gemma_hub_conformance.diagnosis.matching import KnownBugs
-from gemma_hub_conformance.engine import run_conformance
+from gemma_hub_conformance.engine import device_of, run_conformance
 from gemma_hub_conformance.mutants import all_mutants
 from gemma_hub_conformance.mutants.bank import StandInBackend, StandInModel, control
 from gemma_hub_conformance.profiles import required_cases
 from gemma_hub_conformance.report import SCHEMA, CaseResult, Distance, Report, Verdict
 from gemma_hub_conformance.reports import certificate, read_certificate, write_reports
 from gemma_hub_conformance.reports.writing import FILES
-from gemma_hub_conformance.running import default_device
 from gemma_hub_conformance.waivers import Waiver
 from gemma_hub_numpy.model import Reference
 
@@ -442,8 +441,8 @@ def devices_of(value):
     ],
 )
 def test_the_device_is_the_default_one(found, device):
-    assert default_device(devices_of(found)) == device
-    assert default_device(dataclasses.replace(devices_of(found), harm="hung")) == ""
+    assert device_of(devices_of(found)) == device
+    assert device_of(dataclasses.replace(devices_of(found), harm="hung")) == ""
 
 
 @pytest.fixture
@@ -453,7 +452,7 @@ def run_wrong(monkeypatch):
     app.command("other")(lambda: None)
     plugin.gemma_hub_cli(app)
     bug = all_mutants()["mlp-gelu-erf"]
-    monkeypatch.setattr("gemma_hub_conformance.engine.load_subject", lambda _: bug.subject())
+    monkeypatch.setattr("gemma_hub_conformance.engine.load_subject", lambda _, **__: bug.subject())
     command = ["conformance", "x", "--case", "L2.forward.one_token"]
     return lambda *arguments: CliRunner().invoke(app, [*command, *map(str, arguments)])
 

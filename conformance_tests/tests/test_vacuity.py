@@ -237,7 +237,7 @@ NOT_CERTIFIED = {
 def test_it_is_not_certified_and_the_first_failure_is_named(kind, oracle):
     tested = subject(kind)
     if kind is Sleeps:  # in this process alone; in a new one the reference runs in its place
-        tested.package.whole({}, 60.0)
+        tested.package.whole(tested.options("float32"), 60.0)
         tested.time_limit = 0.5
     report = core_until_failure(tested, oracle)
     assert report.exit_code == 1

@@ -3,6 +3,7 @@
 from gemma_hub_conformance.cases import (
     attentions,
     cache,
+    cache_rows,
     combinations,
     contract,
     forward,
@@ -32,7 +33,17 @@ from gemma_hub_conformance.spec import CaseSpec
 def all_cases() -> dict[str, CaseSpec]:
     """Every case by its id, in the order in which they run."""
     first = (package, contract, forward, honesty, positions, masks, outputs, liveness, laws)
-    causal_lm = (*first, lengths, precision, cache, narrow, generation, sampling, combinations)
+    causal_lm = (
+        *first,
+        lengths,
+        precision,
+        cache,
+        cache_rows,
+        narrow,
+        generation,
+        sampling,
+        combinations,
+    )
     training = (head_contract, heads, losses, attentions, gradients, label_combinations)
     modules = (*causal_lm, *training, storage, text)
     cases = [case for module in modules for case in module.cases()]

@@ -97,7 +97,7 @@ def _whole(context: CaseContext) -> Whole:
     """What the new process showed. A backend that hangs or kills it is not run in this one."""
     subject = context.subject
     try:
-        return _package(context).whole(subject.extra, subject.time_limit / 2)
+        return _package(context).whole(subject.options("float32"), subject.time_limit / 2)
     except PackageFailure as failure:
         if failure.is_harmful:
             subject.harm = str(failure)

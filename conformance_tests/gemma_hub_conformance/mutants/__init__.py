@@ -3,6 +3,7 @@
 from gemma_hub_conformance.mutants import (
     attention,
     cache,
+    cache_rows,
     catalogued,
     contract,
     embedding,
@@ -31,7 +32,14 @@ def all_mutants() -> dict[str, Mutant]:
     """Every mutant by its name."""
     causal_lm = (embedding, norms, rope, attention, feed_forward, cache, sizes, precision)
     modules = (contract, *causal_lm, heads, losses, gradients, honesty, sampling, storage, text)
-    unseen = (unseen_attention, unseen_arithmetic, unseen_inputs, unseen_training, surviving)
+    unseen = (
+        unseen_attention,
+        unseen_arithmetic,
+        unseen_inputs,
+        unseen_training,
+        surviving,
+        cache_rows,
+    )
     found = [mutant for module in (*modules, catalogued, *unseen) for mutant in module.bank.mutants]
     by_name = {mutant.name: mutant for mutant in found}
     if len(by_name) != len(found):

@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         checked_seed(metafunc.config.getoption("gemma_seed"))
         cases = select(profile=metafunc.config.getoption("gemma_profile"))
-        subject = load_subject(name)
+        subject = load_subject(name, device=metafunc.config.getoption("gemma_device"))
     except GemmaHubError as error:
         raise pytest.Collector.CollectError(str(error)) from error
     oracle = Oracle()
