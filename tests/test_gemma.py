@@ -418,9 +418,9 @@ def test_parity_can_be_called_however_it_was_imported():
 def test_importing_is_light(use):
     code = f"""
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import gemma_hub
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 {use}
 loaded = sorted(set(sys.modules) & set({FRAMEWORKS!r}))
 assert not loaded, loaded

@@ -29,9 +29,9 @@ TIMED = """
 import json, sys, time
 {before}
 loaded = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import {module}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - loaded)]))
 """
 
