@@ -33,7 +33,9 @@ def chat(
     backend: texts.Backend = None,
     dtype: texts.Dtype = "auto",
     device: texts.Device = "auto",
-    system: Annotated[str, typer.Option(help="Text that goes before your first message.")] = "",
+    system: Annotated[
+        str | None, typer.Option(help="Text that goes before your first message.")
+    ] = None,
     turns: Annotated[
         bool | None,
         typer.Option(
@@ -67,7 +69,7 @@ def chat(
         lm,
         options.as_keywords(settings),
         seed,
-        Conversation(system),
+        Conversation(system or ""),
         read_line=_line_reader(is_interactive),
         is_interactive=is_interactive,
         shows_tracebacks=bool(context.find_root().params.get("debug")),
