@@ -26,7 +26,7 @@ def megabyte() -> str:
     return CORPUS.read_text("utf-8")[: 1 << 20]
 
 
-PATIENCE = 5
+MOST_ROUNDS = 20
 
 
 def ratio(ours, theirs, rounds: int, limit: float = WITHIN) -> float:
@@ -36,7 +36,7 @@ def ratio(ours, theirs, rounds: int, limit: float = WITHIN) -> float:
     there are more where the ratio is too large still.
     """
     best = [float("inf")] * 2
-    for count in range(1, PATIENCE * rounds + 1):
+    for count in range(1, MOST_ROUNDS + 1):
         for i, run in enumerate((ours, theirs)):
             start = time.perf_counter()
             run()
@@ -49,7 +49,7 @@ def ratio(ours, theirs, rounds: int, limit: float = WITHIN) -> float:
 def test_encoding_a_megabyte(saved, megabyte):
     ours, direct = GemmaTokenizerFast(saved), tokenizers.Tokenizer.from_file(str(saved))
     assert ours.encode(megabyte) == direct.encode(megabyte).ids
-    found = ratio(lambda: ours.encode(megabyte), lambda: direct.encode(megabyte).ids, 6)
+    found = ratio(lambda: ours.encode(megabyte), lambda: direct.encode(megabyte).ids, 2)
     assert found < WITHIN
 
 
@@ -61,7 +61,7 @@ def test_encoding_a_megabyte_in_lines(saved, megabyte):
         return [encoding.ids for encoding in direct.encode_batch_fast(lines)]
 
     assert ours(lines).input_ids == together()
-    assert ratio(lambda: ours(lines, return_attention_mask=False), together, 6) < WITHIN
+    assert ratio(lambda: ours(lines, return_attention_mask=False), together, 2) < WITHIN
 
 
 def test_loading_a_tokenizer_json(saved):
@@ -69,7 +69,7 @@ def test_loading_a_tokenizer_json(saved):
     found = ratio(
         lambda: GemmaTokenizerFast.from_pretrained(path),
         lambda: tokenizers.Tokenizer.from_file(path),
-        5,
+        2,
     )
     assert found < WITHIN
 
@@ -84,5 +84,5 @@ def test_converting_a_tokenizer_model_takes_three_loads_once(saved, gemma_1, tmp
 
     # A load takes one second on a machine where the conversion is to take under three.
     load = lambda: tokenizers.Tokenizer.from_file(str(saved))  # noqa: E731
-    assert ratio(convert, load, 3, 3.0) < 3
-    assert ratio(lambda: GemmaTokenizerFast(content), load, 2, 1.6) < 1.6
+    assert ratio(convert, load, 1, 3.0) < 3
+    assert ratio(lambda: GemmaTokenizerFast(content), load, 1, 1.6) < 1.6

