@@ -7,7 +7,7 @@ GemmaHubError
 │   └── VerificationError                   a model does not compute what its probe says
 ├── TokenizerError (ValueError)             a vocabulary is unusable, or cannot encode a text
 ├── InputError (ValueError)                 an argument of a call is wrong: shape, id, setting
-│   └── CapacityError                       past the cache's capacity or the model's position limit
+│   └── CapacityError                       past the cache's capacity, the positions or the memory
 ├── BackendNotFoundError (LookupError)      no backend of that name, or two that claim it
 ├── PluginError (ImportError)               the plug-in is there and cannot be loaded
 └── UnsupportedFeature (NotImplementedError) the backend does not do this, and says so
@@ -50,7 +50,7 @@ class InputError(GemmaHubError, ValueError):
 
 
 class CapacityError(InputError):
-    """A call would go past the cache's capacity or the model's position limit."""
+    """A call would go past the cache's capacity, the model's position limit or the free memory."""
 
 
 class BackendNotFoundError(GemmaHubError, LookupError):

@@ -57,6 +57,19 @@ class ModelOutputs:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """How well drafts did for one row.
+
+    Attributes:
+        proposed: tokens that were guessed.
+        accepted: those of them that were right, and so came without a call of the model each.
+    """
+
+    proposed: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One generated continuation.
 
@@ -68,6 +81,9 @@ class Generation:
         logprobs: natural-log probability of each new id under the model (before temperature and
             filters), on request.
         seed: what the random bits came from, also where none was given; None for greedy text.
+        score: of a beam search: the sum of the log-probabilities after the rules, divided by
+            length ** length_penalty; None otherwise.
+        drafts: how many tokens were drafted; None without a draft.
     """
 
     text: str
@@ -76,6 +92,8 @@ class Generation:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
     seed: int | None = None
+    score: float | None = None
+    drafts: DraftCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,16 @@ class CachedModel(UncachedModel):
         return ArrayWeights({"head.weight": self.head})
 
 
+class CachedRowsModel(CachedModel):
+    """The same with caches whose rows can be repeated, moved and shortened; free slots are NaN."""
+
+    def gather_rows(self, caches, rows, max_length: int) -> Cache:
+        cache, slots = Cache.gathered(caches, rows, max_length)
+        flat = np.concatenate([each.arrays.reshape(-1, WIDTH) for each in caches])
+        arrays = np.where(slots[..., None] < 0, np.nan, flat[slots])
+        return dataclasses.replace(cache, arrays=arrays)
+
+
 @pytest.fixture
 def fake_config() -> GemmaConfig:
     return GemmaConfig(
@@ -99,6 +109,18 @@ def fake_model(fake_config: GemmaConfig) -> CachedModel:
 @pytest.fixture
 def uncached_model(fake_config: GemmaConfig) -> UncachedModel:
     return UncachedModel(fake_config)
+
+
+@pytest.fixture
+def rows_model(fake_config: GemmaConfig) -> CachedRowsModel:
+    return CachedRowsModel(fake_config)
+
+
+@pytest.fixture(
+    params=[UncachedModel, CachedModel, CachedRowsModel], ids=lambda kind: kind.__name__
+)
+def any_model(request, fake_config: GemmaConfig) -> UncachedModel:
+    return request.param(fake_config)
 
 
 def vocabulary(*marks: str) -> bytes:

@@ -126,7 +126,7 @@ def test_an_unknown_setting_names_the_nearest_and_all_known():
         assert field.name in str(caught.value).partition("This version knows")[2]
 
 
-@pytest.mark.parametrize("name", ["num_beams", "length_penalty", "penalty_alpha"])
+@pytest.mark.parametrize("name", ["num_beam_groups", "diversity_penalty", "penalty_alpha"])
 def test_settings_of_later_versions_are_refused(name):
     with pytest.raises(InputError, match=f"no generation setting '{name}'.*This version knows"):
         GenerationSettings.from_dict({name: 1})

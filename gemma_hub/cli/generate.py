@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -38,6 +38,12 @@ def generate(
     no_repeat_ngram_size: options.NoRepeatNgramSize = None,
     min_new_tokens: options.MinNewTokens = None,
     stop: options.Stop = None,
+    num_beams: options.NumBeams = 1,
+    length_penalty: options.LengthPenalty = 1.0,
+    early_stopping: options.EarlyStopping = "false",
+    draft_source: options.Draft = None,
+    prompt_lookup: options.PromptLookup = None,
+    draft_tokens: options.DraftTokens = 4,
     seed: options.Seed = None,
     stream: Annotated[
         bool | None,
@@ -52,30 +58,41 @@ def generate(
         raise typer.BadParameter("--json writes one object at the end; leave out --stream.")
     # Checked before the model is loaded; and a seed that is drawn here can be shown.
     settings = options.chosen_settings(context)
+    if stream and settings.num_beams > 1:
+        raise typer.BadParameter("The text of a beam search comes at its end; leave out --stream.")
+    if draft_source and prompt_lookup:
+        raise typer.BadParameter("Give one of --draft and --prompt-lookup.")
     if prompt == "-":
         prompt = sys.stdin.read()
-    path = local_source(source)
-    with waiting(f"Loading {source}"):
-        from gemma_hub.gemma import Gemma
-
-        lm = Gemma.load(path, backend=backend, dtype=dtype, device=device)
+    lm = _loaded(source, backend, dtype, device)
+    keywords = options.as_keywords(settings)
+    if draft_source is not None:
+        keywords["draft"] = _loaded(draft_source, backend, dtype, device)
     if as_json:
-        _write_json(lm, source, prompt, settings)
+        _write_json(lm, source, prompt, settings, keywords, draft_source)
         return
     start = time.perf_counter()
     # The prompt is written when the model has accepted it, so that an error leaves no half output.
-    if out().is_terminal if stream is None else stream:
-        pieces = lm.stream(prompt, **options.as_keywords(settings))
+    if settings.num_beams == 1 and (out().is_terminal if stream is None else stream):
+        pieces = lm.stream(prompt, **keywords)
         _write_prompt(prompt)
         count = _write_pieces(pieces)
     else:
         with waiting("Generating"):
-            generation = lm.generate(prompt, **options.as_keywords(settings))
+            generation = lm.generate(prompt, **keywords)
         _write_prompt(prompt)
         write(generation.text)
         count = len(generation.token_ids)
     write("\n")
     _say_how(lm, settings, count, time.perf_counter() - start)
+
+
+def _loaded(source: str, backend: str | None, dtype: str, device: str) -> "CausalLM":
+    path = local_source(source)
+    with waiting(f"Loading {source}"):
+        from gemma_hub.gemma import Gemma
+
+        return Gemma.load(path, backend=backend, dtype=dtype, device=device)
 
 
 def _write_prompt(prompt: str) -> None:
@@ -95,14 +112,21 @@ def _write_pieces(pieces: "Iterator[TextPiece]") -> int:
     return count
 
 
-def _write_json(lm: "CausalLM", source: str, prompt: str, settings: "GenerationSettings") -> None:
+def _write_json(
+    lm: "CausalLM",
+    source: str,
+    prompt: str,
+    settings: "GenerationSettings",
+    keywords: dict[str, Any],
+    draft_source: str | None,
+) -> None:
     with waiting("Generating"):
-        generation = lm.generate(prompt, **options.as_keywords(settings))
+        generation = lm.generate(prompt, **keywords)
     record = {
         "source": source,
         "prompt": prompt,
         **dataclasses.asdict(generation),
-        "settings": dataclasses.asdict(settings),
+        "settings": {**dataclasses.asdict(settings), "draft": draft_source},
         "backend": lm.backend.name,
         "distribution": lm.backend.distribution,
         "version": lm.backend.version,

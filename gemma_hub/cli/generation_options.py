@@ -34,6 +34,29 @@ MinNewTokens = Annotated[int | None, typer.Option(help="Do not end before this m
 Stop = Annotated[
     list[str] | None, typer.Option(help="End before this text; may be given several times.")
 ]
+NumBeams = Annotated[
+    int,
+    typer.Option(help="Above 1: search for the most probable text with so many beams."),
+]
+LengthPenalty = Annotated[
+    float, typer.Option(help="Of a beam search: above 0 favours long texts, below 0 short ones.")
+]
+EarlyStopping = Annotated[
+    str,
+    typer.Option(
+        metavar="true|false|never",
+        help="End a beam search at so many texts, when no better one is likely, or possible.",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", help="A smaller model that proposes tokens: the same text, sooner."),
+]
+PromptLookup = Annotated[
+    int | None,
+    typer.Option(help="Propose what followed the last so many tokens before: the same text."),
+]
+DraftTokens = Annotated[int, typer.Option(help="Tokens that are proposed at once.")]
 Seed = Annotated[
     int | None,
     typer.Option(help="Of the draws: the same seed, the same text.", show_default="random"),
@@ -50,6 +73,9 @@ def chosen_settings(context: typer.Context) -> "GenerationSettings":
 
     names = {field.name for field in dataclasses.fields(GenerationSettings)}
     chosen = {name: value for name, value in context.params.items() if name in names}
+    if "early_stopping" in chosen:
+        words = {"true": True, "false": False}
+        chosen["early_stopping"] = words.get(chosen["early_stopping"], chosen["early_stopping"])
     return GenerationSettings(**{**chosen, "stop": chosen["stop"] or ()})
 
 

@@ -1,6 +1,6 @@
-"""The next token of each of several rows, which may be at different steps."""
+"""The next token of each of several rows, which may be at different steps, and what it ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,29 @@ from gemma_hub.generation.random import uniform
 from gemma_hub.generation.rules import Row, apply_rules
 from gemma_hub.generation.sampling import check_logits, choose, log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
+from gemma_hub.outputs import DraftCounts, FinishReason
+
+Ends = Callable[[int, int], bool]
+"""(row, id of its new token) -> whether the row ends with it; called once for each, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """One new token of one row.
+
+    Attributes:
+        row: index of the row in the request: of its prompt, where each has one continuation.
+        token_id: the id.
+        finish_reason: set on the row's last token only.
+        logprob: natural-log probability before temperature and filters, where asked for.
+        drafts: of the whole row, set on its last token only, where tokens were drafted.
+    """
+
+    row: int
+    token_id: int
+    finish_reason: FinishReason | None
+    logprob: float | None
+    drafts: DraftCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +90,15 @@ class Chooser:
         token_ids = choose(ruled, self.settings, draws, rows=numbers, steps=steps)
         wanted = self.settings.logprobs
         return Choice(token_ids, log_probabilities(logits, token_ids) if wanted else None)
+
+    def take(
+        self, row: Row, token_id: int, logprob: float | None, ends: Ends | None = None
+    ) -> NewToken:
+        """Add a chosen token to `row.new`, and see whether the row ends with it."""
+        row.new.append(token_id)
+        stops = token_id in self.stops
+        if ends is not None:
+            stops |= ends(row.index, token_id)
+        is_last = len(row.new) == self.settings.max_new_tokens
+        reason: FinishReason | None = "stop" if stops else "length" if is_last else None
+        return NewToken(row.index, token_id, reason, logprob)

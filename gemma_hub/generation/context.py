@@ -110,7 +110,7 @@ class WholeContext:
         inputs = ModelInputs.prepare(
             self._config,
             *left_padded(self._rows, self._config.pad_token_id or 0),
-            logits_to_keep=keep,
+            logits_to_keep=min(keep, max(map(len, self._rows))),  # padding of the call is gone
         )
         return self._model.to_numpy(self._model.forward(inputs).logits)
 

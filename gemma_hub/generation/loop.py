@@ -1,44 +1,29 @@
 """The generation loop: prompts in, new tokens out, over any backend's model.
 
-It prefills all prompts at once, left-padded to one length, and then feeds one token a row and step.
-Once half of the rows have ended, the others go on without them.
+It reads the prompts and then feeds one token a row and step. Once half of the rows have ended, the
+others go on without them.
 A row's tokens depend on its prompt, the settings and its index in the request: not on the other
 rows, the padding or the size of the cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
-from gemma_hub.errors import CapacityError, InputError
-from gemma_hub.generation.choosing import Chooser
-from gemma_hub.generation.context import Context, can_edit, left_padded, open_context
+from gemma_hub.errors import InputError
+from gemma_hub.generation.choosing import Chooser, Ends, NewToken
+from gemma_hub.generation.context import Context, can_edit
+from gemma_hub.generation.drafting import open_drafter
+from gemma_hub.generation.prefix import Prefix
+from gemma_hub.generation.prompt_checks import checked_prompt
+from gemma_hub.generation.prompts import read_prompts
 from gemma_hub.generation.rules import Row, check_ids
 from gemma_hub.generation.settings import GenerationSettings
-from gemma_hub.outputs import FinishReason
-
-Ends = Callable[[int, int], bool]
-"""(row, id of its new token) -> whether the row ends with it; called once for each, in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """One new token of one row.
-
-    Attributes:
-        row: index of the row in the request: of its prompt, where each has one continuation.
-        token_id: the id.
-        finish_reason: set on the row's last token only.
-        logprob: natural-log probability before temperature and filters, where asked for.
-    """
-
-    row: int
-    token_id: int
-    finish_reason: FinishReason | None
-    logprob: float | None
+from gemma_hub.generation.speculation import speculate
+from gemma_hub.outputs import DraftCounts, FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +33,8 @@ class GeneratedIds:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
+    score: float | None = None
+    drafts: DraftCounts | None = None
 
 
 def generate_ids(
@@ -56,12 +43,13 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     ends: Ends | None = None,
+    prefix: Prefix | None = None,
 ) -> list[GeneratedIds]:
     """The continuations, all of a prompt together; arguments and errors are as in `stream_ids`."""
     rows: list[list[NewToken]] = [[] for _ in prompts for _ in range(settings.num_return_sequences)]
-    for token in stream_ids(model, config, prompts, settings, ends):
+    for token in stream_ids(model, config, prompts, settings, ends, prefix):
         rows[token.row].append(token)
-    return [_record(row) for row in rows]
+    return [joined(row) for row in rows]
 
 
 def stream_ids(
@@ -70,6 +58,7 @@ def stream_ids(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     ends: Ends | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[NewToken]:
     """New tokens as they are chosen: step by step, and by row within a step.
 
@@ -83,103 +72,154 @@ def stream_ids(
         settings: `eos_token_ids` of None means those of `config`. The texts of `stop` are for
             `ends`, which knows a row's text.
         ends: ends rows at more than the stop ids.
+        prefix: what all prompts begin with, which `model` has read already.
 
     Raises:
         InputError: a prompt is empty, or holds something that is no id of the vocabulary, or a
-            setting does.
+            setting does; or the prefix is another model's or prompt's.
         CapacityError: a prompt and its new tokens need more positions than the model has.
     """
+    if settings.num_beams > 1:
+        raise InputError(
+            f"num_beams is {settings.num_beams}; the tokens of a beam search are known at its end "
+            "only, so that they cannot be streamed. Use generate."
+        )
+    if prefix is not None:
+        prefix.check_model(model)
+    first = () if prefix is None else prefix.token_ids
     checked = [
-        _checked_prompt(row, prompt, config, settings.max_new_tokens)
+        checked_prompt(row, prompt, config, settings.max_new_tokens, first)
         for row, prompt in enumerate(prompts)
     ]
     check_ids(settings, config.vocab_size)
     each = settings.num_return_sequences
     rows = [Row(index, checked[index // each]) for index in range(len(checked) * each)]
+    if not rows:
+        return iter(())
     chooser = Chooser.of(settings, config)
-    return _steps(model, config, rows, chooser, ends) if rows else iter(())
+    drafter = open_drafter(chooser, rows) if can_edit(model) else None
+    if drafter is not None:
+        return speculate(model, config, rows, chooser, drafter, ends, prefix)
+    return _steps(Batch(model, config, settings, ends, prefix), rows)
 
 
-def _checked_prompt(
-    row: int, prompt: Sequence[int], config: GemmaConfig, max_new_tokens: int
-) -> np.ndarray:
-    if len(prompt) == 0:
-        raise InputError(f"Prompt {row} has no tokens; give at least one, such as <bos>.")
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(
-            f"Prompt {row} is {ids.dtype} of shape {ids.shape}; expected a row of ids."
+def _steps(batch: "Batch", rows: list[Row]) -> Iterator[NewToken]:
+    batch.admit(rows)
+    while batch.num_running:
+        yield from batch.choose()
+        batch.drop_ended()
+        batch.advance()
+
+
+class Batch:
+    """Rows that run together. Others can join them between two steps, where rows can be edited."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: GemmaConfig,
+        settings: GenerationSettings,
+        ends: Ends | None = None,
+        prefix: Prefix | None = None,
+        *,
+        rounds_up: bool = False,
+    ) -> None:
+        """A batch without rows; the arguments are checked ones of `stream_ids`.
+
+        Args:
+            model: any backend's.
+            config: the model's.
+            settings: of every row.
+            ends: ends rows at more than the stop ids.
+            prefix: what every row begins with.
+            rounds_up: make room for a power of two of tokens, so that a batch which others join
+                takes few different sizes.
+        """
+        self.can_edit = can_edit(model)
+        self._model, self._config, self._prefix = model, config, prefix
+        self._chooser, self._ends = Chooser.of(settings, config), ends
+        self._rounds_up = rounds_up
+        self._context: Context | None = None
+        self._held: list[Row] = []  # the rows of the context
+        self._runs = np.zeros(0, np.bool_)  # some of them may have ended
+        self._logits = np.zeros((0, config.vocab_size), np.float32)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that have not ended."""
+        return int(self._runs.sum())
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of `rows`, which run from now on; those that have ended leave.
+
+        Between `advance` and `choose`; while rows run only where they can be edited.
+        """
+        kept = np.flatnonzero(self._runs)
+        assert self.can_edit or not len(kept)
+        held = [*(self._held[place] for place in kept), *rows]
+        room = self._room(held)
+        read = read_prompts(
+            self._model,
+            self._config,
+            [row.prompt for row in rows],
+            0 if len(kept) else room,
+            self._prefix,
         )
-    bad = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
-    if len(bad):
-        raise InputError(
-            f"Prompt {row} has the id {ids[bad[0]]} at place {bad[0]}; expected 0 to "
-            f"{config.vocab_size - 1}. Use the tokenizer of the same checkpoint."
-        )
-    # The last new token is never fed, so it needs no position.
-    limit = config.max_position_embeddings
-    needed = len(ids) + max_new_tokens - 1
-    if needed > limit:
-        room = limit - len(ids) + 1
-        advice = f"Ask for at most {room} new tokens" if room > 0 else "Shorten the prompt"
-        raise CapacityError(
-            f"Prompt {row} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}: that "
-            f"needs {needed} positions, and this model has {limit} (max_position_embeddings). "
-            f"{advice}."
-        )
-    return ids
+        if self._context is None or not len(kept):
+            contexts, places = read.contexts, read.places
+        else:
+            contexts = [self._context, *read.contexts]
+            places = [(0, int(place)) for place in kept]
+            places += [(context + 1, row) for context, row in read.places]
+        if len(kept) or not read.is_one_context:
+            self._context = contexts[0].gather(places, room, *contexts[1:])
+        else:
+            self._context = contexts[0]
+        self._held, self._runs = held, np.ones(len(held), np.bool_)
+        self._logits = np.concatenate([self._logits[kept], read.logits])
 
-
-def _steps(
-    model: Model, config: GemmaConfig, rows: list[Row], chooser: Chooser, ends: Ends | None
-) -> Iterator[NewToken]:
-    settings, pad = chooser.settings, config.pad_token_id or 0
-    context, logits = _prefilled(model, config, rows, settings)
-    held, runs = rows, np.ones(len(rows), np.bool_)  # the rows of the context; some may have ended
-    for step in range(settings.max_new_tokens):
-        places = np.flatnonzero(runs)
-        choice = chooser.choose(logits[places], [held[place] for place in places])
-        is_last = step == settings.max_new_tokens - 1
+    def choose(self) -> Iterator[NewToken]:
+        """The next token of each running row, as it is read."""
+        places = np.flatnonzero(self._runs)
+        choice = self._chooser.choose(self._logits[places], [self._held[p] for p in places])
         for index, place in enumerate(places):
-            row, token_id = held[place], int(choice.token_ids[index])
-            row.new.append(token_id)
-            stops = token_id in chooser.stops
-            if ends is not None:
-                stops |= ends(row.index, token_id)
-            runs[place] = not stops
-            reason: FinishReason | None = "stop" if stops else "length" if is_last else None
-            yield NewToken(row.index, token_id, reason, choice.logprob(index))
-        if is_last or not runs.any():
+            token = self._chooser.take(
+                self._held[place],
+                int(choice.token_ids[index]),
+                choice.logprob(index),
+                self._ends,
+            )
+            self._runs[place] = token.finish_reason is None
+            yield token
+
+    def drop_ended(self) -> None:
+        """Go on without the rows that have ended, once they are half, where rows can be edited."""
+        kept = np.flatnonzero(self._runs)
+        if self._context is None or not self.can_edit or not 0 < 2 * len(kept) <= len(self._held):
             return
-        if 2 * runs.sum() <= len(held) and can_edit(model):
-            places = np.flatnonzero(runs)
-            context = context.gather([(0, int(place)) for place in places], _slots(rows, settings))
-            held, runs = [held[place] for place in places], np.ones(len(places), np.bool_)
-        ids = np.array([row.new[-1] for row in held])
-        logits = context.extend(np.where(runs, ids, pad)[:, None], runs[:, None])[:, -1]
+        self._held = [self._held[place] for place in kept]
+        places = [(0, int(place)) for place in kept]
+        self._context = self._context.gather(places, self._room(self._held))
+        self._runs = np.ones(len(kept), np.bool_)
+
+    def advance(self) -> None:
+        """Feed the token that each running row chose last."""
+        if self._context is None or not self._runs.any():
+            return
+        pad = self._config.pad_token_id or 0
+        ids = np.where(self._runs, [row.new[-1] for row in self._held], pad)
+        self._logits = self._context.extend(ids[:, None], self._runs[:, None])[:, -1]
+
+    def _room(self, rows: list[Row]) -> int:
+        """Tokens that a row may come to have until all have ended; the last is never fed."""
+        limit = self._chooser.settings.max_new_tokens
+        longest = max(len(row.prompt) + len(row.new) for row in rows)
+        room = longest + max(limit - len(row.new) for row in rows) - 1
+        return 1 << (room - 1).bit_length() if self._rounds_up else room
 
 
-def _prefilled(
-    model: Model, config: GemmaConfig, rows: list[Row], settings: GenerationSettings
-) -> tuple[Context, np.ndarray]:
-    """A context that has read the prompt of each row, and the (B, V) logits after it."""
-    # Each prompt is read once where rows can be repeated.
-    each = settings.num_return_sequences if can_edit(model) else 1
-    ids, mask = left_padded([row.prompt for row in rows[::each]], config.pad_token_id or 0)
-    context = open_context(model, config, len(ids), _slots(rows, settings))
-    logits = context.extend(ids, mask)[:, -1]
-    if each == 1:
-        return context, logits
-    copies = [(0, prompt) for prompt in range(len(ids)) for _ in range(each)]
-    return context.gather(copies, _slots(rows, settings)), np.repeat(logits, each, axis=0)
-
-
-def _slots(rows: list[Row], settings: GenerationSettings) -> int:
-    """Slots that the longest row needs; its last token is never fed."""
-    return max(len(row.prompt) for row in rows) + settings.max_new_tokens - 1
-
-
-def _record(tokens: list[NewToken]) -> GeneratedIds:
+def joined(tokens: Sequence[NewToken]) -> GeneratedIds:
+    """The record of one row, from all its tokens in their order."""
     logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
     reason = tokens[-1].finish_reason
     assert reason is not None
@@ -187,4 +227,5 @@ def _record(tokens: list[NewToken]) -> GeneratedIds:
         token_ids=tuple(token.token_id for token in tokens),
         finish_reason=reason,
         logprobs=logprobs if len(logprobs) == len(tokens) else None,
+        drafts=tokens[-1].drafts,
     )

@@ -51,16 +51,25 @@ def apply_rules(
     Raises:
         InputError: a rule leaves a row no token, or a function returns what it must not.
     """
-    if not settings.has_rules:
-        return logits
-    changed = logits.astype(np.float64)
-    for place, row in enumerate(rows):
-        changed[place] = _applied(changed[place], row, settings, stops)
+    changed = change_scores(logits, rows, settings, stops)
+    for place, row in enumerate(rows if changed is not logits else ()):
         if changed[place].max() == -np.inf and logits[place].max() > -np.inf:
             raise InputError(
                 f"The rules of this call leave row {row.index} no token at step {len(row.new)}. "
                 "Forbid less, or let allowed_tokens return an id that ends the row."
             )
+    return changed
+
+
+def change_scores(
+    scores: np.ndarray, rows: Sequence[Row], settings: GenerationSettings, stops: Sequence[int]
+) -> np.ndarray:
+    """As `apply_rules`, for any scores of tokens; a row that is left no token has only -inf."""
+    if not settings.has_rules:
+        return scores
+    changed = scores.astype(np.float64)
+    for place, row in enumerate(rows):
+        changed[place] = _applied(changed[place], row, settings, stops)
     return changed
 
 

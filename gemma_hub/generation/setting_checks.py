@@ -38,6 +38,22 @@ def share(name: str, value: Any, hint: str = "") -> float:
     return checked
 
 
+def length_penalty(name: str, value: Any) -> float:
+    """A power of lengths: small enough that the longest sequence gives a finite number."""
+    expected = "a number from -10 to 10"
+    checked = real(name, value, expected)
+    if abs(checked) > 10:
+        raise InputError(f"{name} is {value!r}; expected {expected}.")
+    return checked
+
+
+def early_stopping(name: str, value: Any) -> bool | str:
+    """True, False or "never"."""
+    if type(value) is not bool and not (isinstance(value, str) and value == "never"):
+        raise InputError(f'{name} is {value!r}; expected True, False or "never".')
+    return value
+
+
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """An id, or several."""
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -93,3 +109,13 @@ def functions(name: str, value: Any) -> tuple[Callable[..., Any], ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{name} is {value!r}; expected a list of functions.")
     return tuple(function(name, each) for each in value)
+
+
+def causal_model(name: str, value: Any) -> Any:
+    """A loaded model that continues texts."""
+    if getattr(value, "task", None) != "causal_lm" or not hasattr(value, "contract"):
+        kind = f"a model for {value.task}" if hasattr(value, "task") else type(value).__name__
+        raise InputError(
+            f"{name} is {kind}; expected a causal language model, as gemma_hub.Gemma.load gives."
+        )
+    return value

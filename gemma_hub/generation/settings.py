@@ -4,20 +4,35 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Literal, Protocol, Self, cast
 
 import numpy as np
 
+from gemma_hub.backend import Model
+from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, nearest
 from gemma_hub.generation import setting_checks as check
+from gemma_hub.tokenizers import Tokenizer
 
 _SEED_BITS = 64
+_MOST_DRAFT_TOKENS = 64  # a row's logits are computed for all of them
 
 AllowedTokens = Callable[[int, np.ndarray], Iterable[int]]
 """(row, ids of its prompt and new tokens) -> the ids that may come next."""
 
 Processor = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(row, ids of its prompt and new tokens, (V,) float64 logits) -> other (V,) logits."""
+
+
+class CausalModel(Protocol):
+    """What a draft is: a `gemma_hub.tasks.causal_lm.CausalLM`."""
+
+    @property
+    def contract(self) -> Model: ...
+    @property
+    def config(self) -> GemmaConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +67,19 @@ class GenerationSettings:
         stop: a text, or several, at which a row stops. The text ends before it. Read it as
             `stop_texts`.
         num_return_sequences: continuations of each prompt.
+        num_beams: 1, or the width of a beam search, which gives the most probable continuations
+            that it finds; the temperature must be 0. The next two are for it alone.
+        length_penalty: a continuation is ranked by its log-probability divided by its length to
+            this power; above 0 favours long ones.
+        early_stopping: end a search once it has `num_beams` continuations (True), once no better
+            one is likely (False) or once none is possible ("never").
         logprobs: also return the log-probability of each new token.
+        draft: a causal language model with the same vocabulary, smaller and faster, that proposes
+            tokens, so that one call of this one gives several. They are the tokens that come
+            without it.
+        prompt_lookup: instead of `draft`: propose what followed the last so many tokens of the row
+            where they stood in it before.
+        draft_tokens: tokens to propose at once, 1 to 64.
 
     Raises:
         InputError: naming the setting, its value and what was expected.
@@ -75,7 +102,13 @@ class GenerationSettings:
     eos_token_id: int | Iterable[int] | None = None
     stop: str | Iterable[str] = ()
     num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     logprobs: bool = False
+    draft: CausalModel | None = None
+    prompt_lookup: int | None = None
+    draft_tokens: int = 4
 
     def __post_init__(self) -> None:
         for name, checked in self._checks().items():
@@ -108,7 +141,13 @@ class GenerationSettings:
             "eos_token_id": check.token_ids,
             "stop": check.texts,
             "num_return_sequences": lambda name, value: check.integer(name, value, 1),
+            "num_beams": lambda name, value: check.integer(name, value, 1),
+            "length_penalty": check.length_penalty,
+            "early_stopping": check.early_stopping,
             "logprobs": _flag,
+            "draft": check.causal_model,
+            "prompt_lookup": lambda name, value: check.integer(name, value, 1),
+            "draft_tokens": _draft_tokens,
         }
 
     def _check_together(self) -> None:
@@ -117,10 +156,32 @@ class GenerationSettings:
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is "
                 f"{self.max_new_tokens}; expected at most as many."
             )
-        if self.num_return_sequences > 1 and self.temperature == 0:
+        if self.num_beams > 1:
+            self._check_beams()
+        elif self.num_return_sequences > 1 and self.temperature == 0:
             raise InputError(
                 f"num_return_sequences is {self.num_return_sequences} and temperature is 0, so "
-                "that all would be equal; give a temperature above 0."
+                "that all would be equal; give a temperature above 0, or as many num_beams."
+            )
+
+        if self.draft is not None and self.prompt_lookup is not None:
+            raise InputError("Both draft and prompt_lookup are given; give one.")
+
+    def _check_beams(self) -> None:
+        if self.draft is not None or self.prompt_lookup is not None:
+            raise InputError(
+                f"num_beams is {self.num_beams}; a beam search takes no drafts. Leave out draft "
+                "and prompt_lookup."
+            )
+        if self.temperature > 0:
+            raise InputError(
+                f"num_beams is {self.num_beams} and temperature is {self.temperature}; a beam "
+                "search draws nothing. Give temperature=0, or num_beams=1 to draw."
+            )
+        if self.num_return_sequences > self.num_beams:
+            raise InputError(
+                f"num_return_sequences is {self.num_return_sequences} and num_beams is "
+                f"{self.num_beams}; expected at most as many."
             )
 
     @property
@@ -206,6 +267,13 @@ def _seed(name: str, value: Any) -> int:
     checked = check.integer(name, value, 0)
     if checked.bit_length() > _SEED_BITS:
         raise InputError(f"{name} is {value!r}; expected an integer below 2**64.")
+    return checked
+
+
+def _draft_tokens(name: str, value: Any) -> int:
+    checked = check.integer(name, value, 1)
+    if checked > _MOST_DRAFT_TOKENS:
+        raise InputError(f"{name} is {value!r}; expected at most {_MOST_DRAFT_TOKENS}.")
     return checked
 
 

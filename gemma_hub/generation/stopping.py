@@ -1,6 +1,8 @@
 """A row's text as it grows, and the stop texts in it."""
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 from gemma_hub.tokenizers import IncrementalDecoder
 
@@ -29,6 +31,12 @@ class StoppedText:
         self._decoder = decoder
         self._stops = tuple(stops)
         self._held = ""
+
+    def copy(self) -> Self:
+        """The same text, which then goes on by itself."""
+        made = copy.copy(self)
+        made._decoder = self._decoder.copy()
+        return made
 
     def push(self, token_id: int) -> str:
         """What becomes certain with `token_id`; nothing once the text is stopped."""

@@ -9,12 +9,18 @@ import numpy as np
 from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, TokenizerError
-from gemma_hub.generation.loop import Ends, GeneratedIds, NewToken, generate_ids, stream_ids
+from gemma_hub.generation.beams import beam_search
+from gemma_hub.generation.choosing import Ends, NewToken
+from gemma_hub.generation.drafting import check_draft
+from gemma_hub.generation.loop import GeneratedIds, generate_ids, stream_ids
+from gemma_hub.generation.many import generate_many_ids
+from gemma_hub.generation.prefix import Prefix
 from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.generation.stopping import StoppedText
 from gemma_hub.outputs import Generation, ModelOutputs, Score, TextPiece
 from gemma_hub.tasks.loaded_model import BATCH_SIZE, LoadedModel
+from gemma_hub.tasks.prompts import check_prefix, each_prompt_ids, prompt_ids
 from gemma_hub.tokenizers import IncrementalDecoder, SupportsChat, Tokenizer
 
 END_OF_TURN = "<end_of_turn>"
@@ -55,13 +61,24 @@ class CausalLM(LoadedModel):
     # -- generation ----------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompt: str, **settings: Any) -> Generation: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **settings: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: str, *, prefix: Prefix | None = None, **settings: Any
+    ) -> Generation: ...
     @overload
     def generate(
-        self, *, input_ids: Any, attention_mask: Any = None, **settings: Any
+        self, prompt: Sequence[str], *, prefix: Prefix | None = None, **settings: Any
     ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        *,
+        input_ids: Any,
+        attention_mask: Any = None,
+        prefix: Prefix | None = None,
+        **settings: Any,
+    ) -> list[Generation]: ...
+    @overload
+    def generate(self, *, prefix: Prefix, **settings: Any) -> Generation: ...
 
     def generate(
         self,
@@ -69,6 +86,7 @@ class CausalLM(LoadedModel):
         *,
         input_ids: Any = None,
         attention_mask: Any = None,
+        prefix: Prefix | None = None,
         **settings: Any,
     ) -> Generation | list[Generation]:
         """Continue a text, several texts, or rows of ids.
@@ -78,33 +96,109 @@ class CausalLM(LoadedModel):
             input_ids: instead of `prompt`: rows of ids, of unequal length if need be, fed as they
                 are.
             attention_mask: as `input_ids`, 0 at padding, which is left out wherever it stands.
+            prefix: what the prompts follow, from `self.prefix`; they then get no <bos>. Without a
+                prompt it is continued itself.
             **settings: fields of `gemma_hub.generation.settings.GenerationSettings`, such as
-                max_new_tokens, temperature, top_k, top_p, seed, stop, logprobs.
+                max_new_tokens, temperature, top_k, top_p, seed, stop, logprobs, draft.
 
         Returns:
-            One `Generation` for one text, else a list with one for each row. With
+            One `Generation` for one text or a prefix alone, else a list with one for each row. With
             num_return_sequences above 1 a list, in which those of a prompt are together.
 
         Raises:
-            InputError: a setting or an id is wrong.
+            InputError: a setting or an id is wrong, or the prefix is another model's.
             CapacityError: a prompt and its new tokens need more positions than the model has.
             TokenizerError: a text is given, here or in a setting, and the checkpoint has no
                 tokenizer.
         """
         checked = self._settings(settings)
-        prompts = self._prompts(prompt, input_ids, attention_mask)
+        prompts = prompt_ids(self._needed_tokenizer, prompt, input_ids, attention_mask, prefix)
         each = checked.num_return_sequences
         texts = self._stopped_texts(checked, len(prompts) * each)
-        ends = _ends(texts) if texts else None
-        results = generate_ids(self.contract, self.config, prompts, checked, ends)
-        seed = checked.seed if checked.temperature > 0 else None
+        results = self._results(prompts, checked, texts, prefix)
         generations = [
-            self._generation(prompts[row // each], result, seed, texts[row] if texts else None)
+            self._generation(prompts[row // each], result, checked, texts[row] if texts else None)
             for row, result in enumerate(results)
         ]
-        return generations[0] if isinstance(prompt, str) and each == 1 else generations
+        is_one = isinstance(prompt, str) or (prompt is None and input_ids is None)
+        return generations[0] if is_one and each == 1 else generations
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[TextPiece]:
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        batch_size: int = BATCH_SIZE,
+        prefix: Prefix | None = None,
+        **settings: Any,
+    ) -> Iterator[Generation]:
+        """Continue prompts one after another, as many as there are; for one list use `generate`.
+
+        The tokens are those of `generate` with all prompts in a list and the same seed. Where a row
+        ends, the next prompt takes its place. Prompts are read as rows begin, and at most four
+        batches of rows have begun and are not handed out yet.
+
+        Args:
+            prompts: texts or rows of ids, as for `generate`; may be endless.
+            batch_size: rows that run at once.
+            prefix: as for `generate`.
+            **settings: as for `generate`, without beams and drafts.
+
+        Returns:
+            An iterator of results in the order of the prompts, num_return_sequences for each. It
+            may be left or closed at any point.
+
+        Raises:
+            The errors of `generate`. One of a prompt names its index and comes in its place, after
+            the results of all prompts before it.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            kind = type(prompts).__name__
+            raise InputError(f"The prompts are {kind}; expected several texts or rows of ids.")
+        checked = self._settings(settings)
+        check_prefix(prefix)
+        texts: dict[int, StoppedText] = {}
+
+        def ends(row: int, token_id: int) -> bool:
+            if row not in texts:
+                texts[row] = StoppedText(self._decoder(), checked.stop_texts)
+            texts[row].push(token_id)
+            return texts[row].is_stopped
+
+        rows = generate_many_ids(
+            self.contract,
+            self.config,
+            each_prompt_ids(self._needed_tokenizer, prompts, prefix),
+            checked,
+            batch_size=batch_size,
+            ends=ends if checked.stop_texts else None,
+            prefix=prefix,
+        )
+        return (
+            self._generation(row.prompt.tolist(), row.result, checked, texts.pop(row.row, None))
+            for row in rows
+        )
+
+    def prefix(self, text: str | None = None, *, input_ids: Any = None) -> Prefix:
+        """Read a beginning once, for `generate`, `generate_many` and `stream` to go on from.
+
+        Args:
+            text: the beginning; <bos> is put before it.
+            input_ids: instead of `text`: a row of ids, as in input_ids=[2, 5, 9].
+
+        Raises:
+            InputError: it is not one of these, or has no token.
+            CapacityError: it is longer than the model's positions.
+            TokenizerError: a text is given and the checkpoint has no tokenizer.
+        """
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"A prefix is one text; got {type(text).__name__}.")
+        rows = None if input_ids is None else [input_ids]
+        (ids,) = prompt_ids(self._needed_tokenizer, text, rows, None, None)
+        return Prefix(self.contract, self.config, ids)
+
+    def stream(
+        self, prompt: str | None = None, *, prefix: Prefix | None = None, **settings: Any
+    ) -> Iterator[TextPiece]:
         """Continue a text piece by piece.
 
         The pieces' texts join to the text that `generate` gives for the same settings. The last
@@ -113,18 +207,23 @@ class CausalLM(LoadedModel):
 
         Args:
             prompt: a text; <bos> is put before it.
+            prefix: as for `generate`.
             **settings: as for `generate`.
 
         Raises:
             The errors of `generate`, in the call and not at the first piece.
         """
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str if prefix is None else (str, type(None))):
             raise InputError(f"stream continues one text; got {type(prompt).__name__}.")
         checked = self._settings(settings)
-        return self._streamed(self._prompts(prompt, None, None), checked)
+        prompts = prompt_ids(self._needed_tokenizer, prompt, None, None, prefix)
+        return self._streamed(prompts, checked, prefix)
 
     def _streamed(
-        self, prompts: list[list[int]], settings: GenerationSettings
+        self,
+        prompts: list[list[int]],
+        settings: GenerationSettings,
+        prefix: Prefix | None = None,
     ) -> Iterator[TextPiece]:
         if settings.num_return_sequences > 1:
             raise InputError(
@@ -137,8 +236,26 @@ class CausalLM(LoadedModel):
             pieces.append(text.push(token_id))
             return text.is_stopped
 
-        tokens = stream_ids(self.contract, self.config, prompts, settings, ends)
+        tokens = stream_ids(self.contract, self.config, prompts, settings, ends, prefix)
         return _pieces(tokens, pieces, text)
+
+    def _results(
+        self,
+        prompts: list[list[int]],
+        settings: GenerationSettings,
+        texts: list[StoppedText],
+        prefix: Prefix | None,
+    ) -> list[GeneratedIds]:
+        """The new tokens of each row, with which `texts` have grown where there are stop texts."""
+        if settings.num_beams == 1:
+            ends = _ends(texts) if texts else None
+            return generate_ids(self.contract, self.config, prompts, settings, ends, prefix)
+        empty = texts[0].copy() if texts else None
+        results = beam_search(self.contract, self.config, prompts, settings, empty, prefix)
+        for text, result in zip(texts, results if texts else (), strict=True):
+            for token_id in result.token_ids:
+                text.push(token_id)
+        return results
 
     def _decoder(self) -> IncrementalDecoder:
         return IncrementalDecoder(self._needed_tokenizer(), skip_special_tokens=True)
@@ -191,7 +308,7 @@ class CausalLM(LoadedModel):
         """The answer that `chat` gives, piece by piece as in `stream`."""
         prompt = self._conversation(messages, system)
         checked = self._settings(settings)
-        return self._streamed(self._prompts(None, [prompt], None), checked)
+        return self._streamed([prompt], checked)
 
     def _conversation(self, messages: Any, system: Any) -> list[int]:
         tokenizer = self._needed_tokenizer()
@@ -272,6 +389,8 @@ class CausalLM(LoadedModel):
             checked = dataclasses.replace(checked, eos_token_id=self.eos_token_ids)
         if checked.bad_words:
             checked = dataclasses.replace(checked, bad_words=self._bad_word_ids(checked.bad_words))
+        if checked.draft is not None:
+            check_draft(checked.draft, self.config, self.tokenizer)
         return checked
 
     def _bad_word_ids(self, words: Iterable[str | Iterable[int]]) -> list[Iterable[int]]:
@@ -286,33 +405,11 @@ class CausalLM(LoadedModel):
             found += [tokenizer.encode(form, add_special_tokens=False) for form in forms]
         return found
 
-    def _prompts(
-        self, prompt: str | Sequence[str] | None, input_ids: Any, attention_mask: Any
-    ) -> list[list[int]]:
-        if (prompt is None) == (input_ids is None):
-            given = "neither" if prompt is None else "both"
-            raise InputError(f"Got {given} of a prompt and input_ids; give exactly one.")
-        if prompt is None:
-            return _rows(input_ids, attention_mask)
-        if attention_mask is not None:
-            raise InputError("attention_mask goes with input_ids; a text has no padding.")
-        if not isinstance(prompt, Iterable):
-            raise InputError(f"The prompt is {type(prompt).__name__}; expected a text or several.")
-        tokenizer = self._needed_tokenizer()
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(
-                    f"Prompt {row} is {type(text).__name__}; expected a text. Ids go into "
-                    "input_ids=[[...], ...]."
-                )
-        return [tokenizer.encode(text) for text in texts]
-
     def _generation(
         self,
         prompt: list[int],
         result: GeneratedIds,
-        seed: int | None,
+        settings: GenerationSettings,
         stopped: StoppedText | None,
     ) -> Generation:
         text = ""
@@ -327,7 +424,9 @@ class CausalLM(LoadedModel):
             prompt_token_ids=tuple(prompt),
             finish_reason=result.finish_reason,
             logprobs=result.logprobs,
-            seed=seed,
+            seed=settings.seed if settings.temperature > 0 else None,
+            score=result.score,
+            drafts=result.drafts,
         )
 
 
@@ -350,46 +449,6 @@ def _pieces(
         reason = token.finish_reason
         yield TextPiece(text=pieces.pop(), token_id=token.token_id)
     yield TextPiece(text=text.finish(), token_id=None, finish_reason=reason)
-
-
-def _rows(input_ids: Any, attention_mask: Any) -> list[list[int]]:
-    """The real tokens of each row, as plain integers."""
-    rows = [_row("input_ids", i, row) for i, row in enumerate(_iterated("input_ids", input_ids))]
-    if attention_mask is None:
-        return [row.tolist() for row in rows]
-    masks = [
-        _row("attention_mask", i, row)
-        for i, row in enumerate(_iterated("attention_mask", attention_mask))
-    ]
-    if [len(mask) for mask in masks] != [len(row) for row in rows]:
-        raise InputError(
-            f"attention_mask has rows of {[len(mask) for mask in masks]} tokens and input_ids of "
-            f"{[len(row) for row in rows]}; expected the same."
-        )
-    for i, mask in enumerate(masks):
-        if not np.isin(mask, (0, 1)).all():
-            raise InputError(f"attention_mask[{i}] holds values other than 0 and 1.")
-    return [row[mask.astype(np.bool_)].tolist() for row, mask in zip(rows, masks, strict=True)]
-
-
-def _iterated(name: str, value: Any) -> list[Any]:
-    if isinstance(value, str) or not hasattr(value, "__len__"):
-        raise InputError(f"{name} is {type(value).__name__}; expected rows of integers.")
-    return list(value)
-
-
-def _row(name: str, index: int, value: Any) -> np.ndarray:
-    try:
-        row = np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{name}[{index}] cannot become an array ({error}).") from error
-    whole = row.size == 0 or np.issubdtype(row.dtype, np.integer)
-    if row.ndim != 1 or not (whole or (name == "attention_mask" and row.dtype == np.bool_)):
-        raise InputError(
-            f"{name}[{index}] is {row.dtype} of shape {row.shape}; expected a row of integers, as "
-            f"in {name}=[[2, 5, 9], [2, 7]]."
-        )
-    return row
 
 
 def _end_of_turn(tokenizer: Tokenizer | None) -> tuple[int, ...]:

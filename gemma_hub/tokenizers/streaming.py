@@ -1,6 +1,8 @@
 """IncrementalDecoder: the text of a stream of ids, as soon as it is certain."""
 
 import codecs
+import copy
+from typing import Self
 
 from gemma_hub.tokenizers.protocol import Tokenizer
 from gemma_hub.tokenizers.text import REPLACE_EACH_BYTE
@@ -39,6 +41,12 @@ class IncrementalDecoder:
             data = data.removeprefix(b" ")
             self._drops_space = False
         return self._decoder.decode(data)
+
+    def copy(self) -> Self:
+        """A decoder at the same place of the same text."""
+        made = copy.copy(self)
+        made._decoder = copy.copy(self._decoder)
+        return made
 
     def finish(self) -> str:
         """The rest of the text; the decoder is then at the start of the next one."""

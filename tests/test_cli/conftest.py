@@ -66,6 +66,7 @@ class FakeLM:
         self.dtype, self.device = "float32", "fake:0"
         self.asked: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {}
+        self.sources: list[str] = []
         self.interrupt_after: int | None = None
 
     def generate(self, prompt: str, **settings: Any) -> Generation:
@@ -90,6 +91,7 @@ def fake_lm(monkeypatch):
 
     def load(source, **options):
         lm.loaded = {"source": source, **options}
+        lm.sources.append(source)
         return lm
 
     monkeypatch.setattr(Gemma, "load", staticmethod(load))

@@ -63,6 +63,42 @@ def test_the_rules_are_options(cli, fake_lm):
     }  # fmt: skip
 
 
+def test_a_beam_search_has_options_and_writes_its_text_at_the_end(cli, fake_lm):
+    beams = ("generate", "tiny", "Once", "--num-beams", "3", "--length-penalty", "0.5")
+    for word, value in {"true": True, "never": "never"}.items():
+        result = cli(*beams, "--early-stopping", word)
+        assert result.stdout == f"Once{TEXT}\n"
+        assert fake_lm.asked[-1] == {
+            "prompt": "Once", "num_beams": 3, "length_penalty": 0.5, "early_stopping": value,
+        }  # fmt: skip
+    assert cli(*beams, "--stream").exit_code == 2
+    result = cli(*beams, "--early-stopping", "soon")
+    assert result.stderr.startswith("Error: early_stopping is 'soon'; expected True, False or")
+
+
+def test_drafts_are_options(cli, fake_lm):
+    cli("generate", "tiny", "Once", "--prompt-lookup", "3", "--draft-tokens", "6")
+    assert fake_lm.asked[0] == {"prompt": "Once", "prompt_lookup": 3, "draft_tokens": 6}
+    assert fake_lm.sources == ["tiny"]
+
+
+@pytest.mark.parametrize("how", ["--stream", "--no-stream", "--json"])
+def test_the_draft_is_loaded_like_the_model(cli, fake_lm, how):
+    result = cli("generate", "tiny", "Once", "--draft", "small", "--dtype", "bfloat16", how)
+    assert fake_lm.sources == ["tiny", "small"]
+    assert fake_lm.loaded == {
+        "source": "small", "backend": None, "dtype": "bfloat16", "device": "auto",
+    }  # fmt: skip
+    assert fake_lm.asked[0]["draft"] is fake_lm
+    if how == "--json":
+        assert json.loads(result.stdout)["settings"]["draft"] == "small"
+
+
+def test_a_draft_and_a_lookup_exclude_each_other(cli, fake_lm):
+    result = cli("generate", "tiny", "Once", "--draft", "small", "--prompt-lookup", "3")
+    assert (result.exit_code, fake_lm.sources) == (2, [])
+
+
 def test_json_has_text_ids_and_the_seed_that_was_drawn(cli, fake_lm):
     result = cli("generate", "tiny", "Once", "--json", "--temperature", "1")
     record = json.loads(result.stdout)

@@ -9,6 +9,7 @@ from gemma_hub.backend import BuildOptions, Cache, TaskSpec
 from gemma_hub.config import ARCHITECTURES, GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature, nearest
 from gemma_hub.inputs import ModelInputs
+from gemma_hub.memory import check_cache_fits, free_host_memory
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import DTYPES, Index, Shape, Weights, check_weights, parameter_shapes
 from gemma_hub_numpy.model import Reference, Witness
@@ -70,6 +71,7 @@ class NumpyModel:
         return self._typed(self.native.run(inputs))
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        self._check_fits(batch_size, max_length)
         return Cache.empty(self.native.new_cache(batch_size, max_length), batch_size, max_length)
 
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
@@ -80,6 +82,7 @@ class NumpyModel:
     def gather_rows(
         self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
     ) -> Cache:
+        self._check_fits(len(rows), max_length)
         cache, slots = Cache.gathered(caches, rows, max_length)
         layers = zip(*(each.arrays for each in caches), strict=True)
         arrays = [
@@ -106,6 +109,11 @@ class NumpyModel:
         kind = DTYPES[self.native.dtype]
         loss, gradients = self.native.loss_and_gradients(inputs)
         return loss, {name: value.astype(kind, copy=False) for name, value in gradients.items()}
+
+    def _check_fits(self, batch_size: int, max_length: int) -> None:
+        check_cache_fits(
+            self.native.config, batch_size, max_length, itemsize=8, free=free_host_memory
+        )
 
     def _typed(self, outputs: ModelOutputs) -> ModelOutputs:
         """Outputs in the types of the contract; the reference keeps all of them in float64."""
