@@ -16,7 +16,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_torch import model
-from gemma_hub_torch.cache import KeyValueCache, gathered
+from gemma_hub_torch.cache import KeyValueCache, check_fits, gathered
 from gemma_hub_torch.devices import device_names, find_device
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
 
@@ -113,6 +113,7 @@ class TorchModel:
         """A new cache made of rows of others, which stay as they are."""
         cache, slots = Cache.gathered(caches, rows, max_length)
         places = torch.tensor(slots, device=self.device)
+        check_fits(self.native.config, len(rows), places.shape[1], self.dtype, places.device)
         layers = [
             gathered(parts, places)
             for parts in zip(*(each.arrays.layers for each in caches), strict=True)

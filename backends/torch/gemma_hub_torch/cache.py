@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError
+from gemma_hub.memory import check_cache_fits
+from gemma_hub_torch.devices import free_memory
 
 
 class LayerCache(NamedTuple):
@@ -65,6 +67,7 @@ def empty_cache(
     config: GemmaConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
 ) -> KeyValueCache:
     """A cache of `max_length` slots that holds nothing yet, and does not grow."""
+    check_fits(config, batch_size, max_length, dtype, device)
     shape = (batch_size, max_length, config.num_key_value_heads, config.head_dim)
     return KeyValueCache(
         layers=tuple(
@@ -78,6 +81,17 @@ def empty_cache(
         next_position=torch.zeros(batch_size, dtype=torch.int64, device=device),
         length=0,
     )
+
+
+def check_fits(
+    config: GemmaConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a cache for which the device has not enough memory.
+
+    Raises:
+        CapacityError: it has not.
+    """
+    check_cache_fits(config, batch_size, max_length, dtype.itemsize, lambda: free_memory(device))
 
 
 def widen(array: Tensor, more: int) -> Tensor:

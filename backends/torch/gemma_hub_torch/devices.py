@@ -3,6 +3,7 @@
 import torch
 
 from gemma_hub.errors import InputError
+from gemma_hub.memory import free_host_memory
 
 
 def device_names() -> list[str]:
@@ -22,3 +23,12 @@ def find_device(name: str) -> str:
     if device not in known:
         raise InputError(f"device is {name!r}; this machine has {', '.join(known)}.")
     return device
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be taken there; None where that is not known."""
+    if device.type != "cuda":
+        return free_host_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    # What PyTorch keeps for itself and does not use can be taken too.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

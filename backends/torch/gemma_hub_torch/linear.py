@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gemma_hub_torch.fast_linear import is_one_row, one_row_linear, packed_linear
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
+    if weight.is_mkldnn:
+        return packed_linear(x, weight, bias)
+    if is_one_row(x, weight):
+        return one_row_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

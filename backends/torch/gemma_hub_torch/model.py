@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_proj(x)
-        gate = F.gelu(gate.to(torch.float32), approximate="tanh").to(x.dtype)
+        gate = F.gelu(gate, approximate="tanh")  # in float32 inside, for 16-bit types too
         return self.down_proj(gate * self.up_proj(x))
 
 

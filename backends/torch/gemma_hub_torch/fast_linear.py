@@ -1,0 +1,131 @@
+"""Matrix products on the CPU by kernels that `torch.nn.functional.linear` does not choose.
+
+PyTorch gives every bfloat16 product to oneDNN, whose blocked kernels are for many rows. Generation
+multiplies a few: one per text. Then a product takes as long as reading its weight takes, and
+oneDNN reads a row-major weight at half the memory's speed. Two ways out:
+
+- `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row;
+- `pack_weights`: weights in oneDNN's blocked layout, for inference with any number of rows.
+
+Sums are in float32 and rounded once, as in the plain product, in another order.
+"""
+
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+
+from gemma_hub.errors import InputError
+
+# oneDNN has one blocked layout for all small numbers of rows; it asks for a typical one.
+_TYPICAL_ROWS = 8
+
+# The kernel was measured with these vectors only.
+_HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+class _OneDNNOff:
+    """oneDNN is switched off while any thread is inside, and then as it was.
+
+    The switch belongs to the process. A thread that computes something else meanwhile may get
+    PyTorch's other kernels, which are right too.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch._C._set_mkldnn_enabled(self._before)
+
+
+_onednn_off = _OneDNNOff()
+
+
+def is_one_row(x: Tensor, weight: Tensor) -> bool:
+    """Whether `one_row_linear` is for x (..., in) times weight (out, in).
+
+    Not where a gradient may be asked for or a graph is recorded, and not for subclasses of tensors,
+    which may know F.linear only.
+    """
+    return (
+        x.dtype == torch.bfloat16
+        and x.numel() == weight.shape[1]
+        and x.device.type == "cpu"
+        and _HAS_WIDE_VECTORS
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (1, ..., 1, in) times weight (out, in), plus bias."""
+    with _onednn_off:
+        y = torch.mv(weight, x.reshape(-1))
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) times a packed weight (out, in), plus bias.
+
+    Raises:
+        InputError: a gradient is asked for.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise InputError(
+            "This model's weights are packed, and packed weights have no gradients. Load the model "
+            "again and train it without pack_weights."
+        )
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Bring the weights of all linear layers into oneDNN's blocked layout, in place.
+
+    For inference on a CPU with more than one row. The parameters keep their names, shapes and
+    values, are exported and saved as before, and are no longer trainable. A packed weight takes the
+    place of the plain one, so that there is still one copy; but it is private memory, where a
+    weight that is mapped from a file is not. The embedding stays as it is, also where it is the
+    head.
+
+    Args:
+        module: a model of this package, in float32 or bfloat16.
+
+    Raises:
+        InputError: a weight is on another device, or of another type.
+    """
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    for layer in layers:
+        weight = layer.weight
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(
+                f"A weight is {weight.dtype} on {weight.device}; only torch.float32 and "
+                "torch.bfloat16 on the CPU can be packed. Load the model with such a dtype, on "
+                "device='cpu'."
+            )
+    module.requires_grad_(False)
+    for layer in layers:
+        if not layer.weight.is_mkldnn:
+            layer.weight = nn.Parameter(packed(layer.weight), requires_grad=False)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy of weight (out, in) in oneDNN's layout; `to_dense` undoes it exactly."""
+    with torch.no_grad():
+        copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+    return copy

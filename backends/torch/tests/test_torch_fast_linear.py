@@ -1,0 +1,263 @@
+"""The CPU's fast products give the plain ones' numbers, and are taken where they should be only."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma_hub import GemmaConfig
+from gemma_hub.errors import InputError
+from gemma_hub.inputs import ModelInputs
+from gemma_hub_torch import GemmaForCausalLM, GemmaForSequenceClassification, fast_linear
+from gemma_hub_torch import linear as linear_module
+from gemma_hub_torch.backend import TorchModel
+from gemma_hub_torch.fast_linear import pack_weights
+from gemma_hub_torch.linear import linear
+
+SIZES = [(1, 1), (3, 7), (64, 512), (61, 24), (512, 64)]  # (out, in)
+PACKED_DTYPES = [torch.float32, torch.bfloat16]
+CONFIG = GemmaConfig(
+    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+)  # fmt: skip
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def make_model(kind: Any = GemmaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> Any:
+    torch.manual_seed(0)
+    return kind(CONFIG).to(dtype).eval()
+
+
+def assert_exact_but_for_one_rounding(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y is x times weight, summed in float32 at least and then rounded to y's type."""
+    exact = x.double() @ weight.double().T
+    scale = x.double().abs() @ weight.double().abs().T
+    sums = scale * weight.shape[1] * torch.finfo(torch.float32).eps
+    rounding = exact.abs() * torch.finfo(y.dtype).eps / 2
+    assert bool(((y.double() - exact).abs() <= 1.01 * rounding + sums).all())
+
+
+@pytest.fixture(autouse=True)
+def onednn_is_on() -> Iterator[None]:
+    """As it is in every process, and so that no test finds what another has left off."""
+    assert torch.backends.mkldnn.enabled
+    yield
+    is_on = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = True
+    assert is_on
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each product is taken."""
+    counts = {"one_row_linear": 0, "packed_linear": 0}
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        product = getattr(fast_linear, name)
+
+        def count(*arguments: Any) -> Tensor:
+            counts[name] += 1
+            return product(*arguments)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(linear_module, name, counted(name))
+    monkeypatch.setattr(fast_linear, "_HAS_WIDE_VECTORS", True)
+    return counts
+
+
+# -- one row --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_one_row_is_summed_in_float32_and_rounded_once(
+    size: tuple[int, int], calls: dict[str, int]
+) -> None:
+    weight, x = draw(*size, dtype=torch.bfloat16), draw(1, 1, size[1], dtype=torch.bfloat16)
+    y = linear(x, weight)
+    assert calls["one_row_linear"] == 1
+    assert y.shape == (1, 1, size[0])
+    assert y.dtype == torch.bfloat16
+    assert_exact_but_for_one_rounding(y, x, weight)
+
+
+@torch.no_grad()
+def test_one_row_gets_its_bias(calls: dict[str, int]) -> None:
+    weight, bias = draw(5, 16, dtype=torch.bfloat16), draw(5, dtype=torch.bfloat16)
+    x = draw(1, 16, dtype=torch.bfloat16)
+    y = linear(x, weight, bias)
+    assert calls["one_row_linear"] == 1
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+
+
+@torch.no_grad()
+def test_one_row_may_be_a_slice_of_a_mapped_weight_at_any_offset(calls: dict[str, int]) -> None:
+    memory = draw(5 * 16 + 3, dtype=torch.bfloat16)
+    weight, x = memory[3:].reshape(5, 16), draw(1, 9, 16, dtype=torch.bfloat16)[:, -1:]
+    assert_exact_but_for_one_rounding(linear(x, weight), x, weight)
+    assert calls["one_row_linear"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(2, torch.bfloat16), (1, torch.float32), (1, torch.float16)], ids=str
+)
+@torch.no_grad()
+def test_other_rows_and_types_take_the_plain_product(
+    rows: int, dtype: torch.dtype, calls: dict[str, int]
+) -> None:
+    x, weight = draw(rows, 16, dtype=dtype), draw(5, 16, dtype=dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert not any(calls.values())
+
+
+@torch.no_grad()
+def test_a_cpu_on_which_it_was_not_measured_takes_the_plain_product(
+    calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_linear, "_HAS_WIDE_VECTORS", False)
+    linear(draw(1, 16, dtype=torch.bfloat16), draw(5, 16, dtype=torch.bfloat16))
+    assert not any(calls.values())
+
+
+@torch.no_grad()
+def test_a_product_on_another_device_is_left_alone(calls: dict[str, int]) -> None:
+    x = torch.empty(1, 16, dtype=torch.bfloat16, device="meta")
+    linear(x, torch.empty(5, 16, dtype=torch.bfloat16, device="meta"))
+    assert not any(calls.values())
+
+
+def test_a_product_with_a_gradient_is_the_plain_one(calls: dict[str, int]) -> None:
+    x = draw(1, 16, dtype=torch.bfloat16).requires_grad_()
+    linear(x, draw(5, 16, dtype=torch.bfloat16)).sum().backward()
+    assert x.grad is not None
+    assert not any(calls.values())
+
+
+def test_one_new_token_takes_it_for_every_matrix(calls: dict[str, int]) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model(torch.tensor([[5]]))
+    assert calls["one_row_linear"] == 7 * CONFIG.num_hidden_layers + 1  # and the head
+
+
+def test_onednn_is_on_again_after_an_error() -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        fast_linear.one_row_linear(draw(1, 3), draw(5, 4), None)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_on_again_when_threads_leave_in_the_order_they_came() -> None:
+    barrier, seen = Barrier(2, timeout=20), []
+    off = fast_linear._OneDNNOff()
+
+    def first() -> None:
+        with off:
+            barrier.wait()  # both are inside
+        barrier.wait()
+
+    def second() -> None:
+        with off:
+            barrier.wait()
+            barrier.wait()  # the first has left
+            seen.append(torch.backends.mkldnn.enabled)
+
+    threads = [Thread(target=first), Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [False]
+    assert torch.backends.mkldnn.enabled
+
+
+# -- packed weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_a_packed_product_is_summed_in_float32_and_rounded_once(
+    size: tuple[int, int], rows: int, dtype: torch.dtype
+) -> None:
+    weight, x = draw(*size, dtype=dtype), draw(2, rows, 2 * size[1], dtype=dtype)[..., ::2]
+    y = linear(x, fast_linear.packed(weight))
+    assert y.shape == (2, rows, size[0])
+    assert_exact_but_for_one_rounding(y, x, weight)
+
+
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+def test_a_packed_model_has_the_plain_one_s_weights_and_numbers(
+    dtype: torch.dtype, calls: dict[str, int]
+) -> None:
+    plain, model = make_model(dtype=dtype), make_model(dtype=dtype)
+    ids = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(1))
+    pack_weights(model)
+    with torch.no_grad():
+        expected, found = plain(ids).logits, model(ids).logits
+    assert calls["packed_linear"] == 7 * CONFIG.num_hidden_layers  # the tied head stays plain
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 8 * torch.finfo(dtype).eps
+    exported, original = TorchModel(model).export(), TorchModel(plain).export()
+    for name in original.names():
+        assert exported.dtype(name) == original.dtype(name)
+        assert exported.read(name).tobytes() == original.read(name).tobytes(), name
+
+
+def test_a_packed_model_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = make_model(GemmaForSequenceClassification)
+    model.save_pretrained(tmp_path / "plain")
+    pack_weights(model)
+    pack_weights(model)  # a second time changes nothing
+    model.save_pretrained(tmp_path / "packed")
+    plain, packed = (tmp_path / name / "model.safetensors" for name in ("plain", "packed"))
+    assert packed.read_bytes() == plain.read_bytes()
+
+
+def test_there_is_one_copy_of_a_packed_weight() -> None:
+    model = make_model()
+    names = {name for name, _ in model.named_parameters()}
+    pack_weights(model)
+    assert {name for name, _ in model.named_parameters()} == names
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            assert part.weight.is_mkldnn
+            assert not part.weight.requires_grad
+
+
+def test_a_packed_model_that_is_asked_for_gradients_says_so() -> None:
+    model = make_model()
+    pack_weights(model)
+    model(torch.tensor([[5, 6]]))  # in gradient mode, but nothing asks for a gradient
+    ids = [[5, 6, 7]]
+    inputs = ModelInputs.prepare(CONFIG, ids, labels=ids)
+    with pytest.raises(InputError, match=r"packed weights have no gradients.*without pack_weights"):
+        TorchModel(model).loss_and_gradients(inputs)
+
+
+def test_weights_that_cannot_be_packed_are_refused_before_any_is() -> None:
+    model = make_model(dtype=torch.float16)
+    with pytest.raises(InputError, match=r"torch\.float16 on cpu; only torch\.float32 and"):
+        pack_weights(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# -- GELU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gelu_of_16_bits_is_that_of_float32_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[torch.isfinite(x)]
+    expected = F.gelu(x.to(torch.float32), approximate="tanh").to(dtype)
+    assert torch.equal(F.gelu(x, approximate="tanh"), expected)
