@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from gemma_hub.backend import BuildOptions, Cache, TaskSpec
@@ -18,8 +16,19 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_flax import model
-from gemma_hub_flax.cache import KeyValueCache, gathered
+from gemma_hub_flax.cache import KeyValueCache, LayerCache, check_fits, gathered
+from gemma_hub_flax.compile_programs import Programs
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
+from gemma_hub_flax.fast_shapes import (
+    LastTokens,
+    num_slots,
+    padded_inputs,
+    padded_length,
+    unpadded,
+    widened_slots,
+    widened_valid,
+)
+from gemma_hub_flax.fast_state import ModuleState, Structure
 from gemma_hub_flax.weights import build_module, check_dtype, export_weights, named_leaves
 
 CLASSES: dict[str, Any] = {
@@ -87,29 +96,32 @@ class FlaxModel:
         self.native = module
         weight = getattr(module, "model", module).embed_tokens.weight[...]
         self.device, self.dtype = name_of(device_of(weight)), weight.dtype
+        self._state = ModuleState(module)
 
     def forward(self, inputs: ModelInputs) -> ModelOutputs:
         """Outputs of whole sequences, without a cache."""
         return self._outputs(self._run(inputs, None))
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache of `max_length` slots in the compute dtype."""
+        """An empty cache of `max_length` slots in the compute dtype; its arrays may have more."""
         cache = Cache.empty(None, batch_size, max_length)
-        return dataclasses.replace(cache, arrays=self.native.init_cache(batch_size, max_length))
+        arrays = self.native.init_cache(batch_size, padded_length(max_length))
+        return dataclasses.replace(cache, arrays=arrays)
 
     def extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
         """Outputs for the tokens after those in `cache`; consumes its arrays."""
         cache.admit(inputs)
-        past = self._past(cache)
-        out = self._run(inputs, past)
-        return self._outputs(out), cache.advanced(inputs, out.past_key_values)
+        out = self._run(inputs, cache)
+        arrays = dataclasses.replace(cache.arrays, layers=out.past_key_values)
+        return self._outputs(out), cache.advanced(inputs, arrays)
 
     def gather_rows(
         self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
     ) -> Cache:
         """A new cache made of rows of others, which stay as they are."""
         cache, slots = Cache.gathered(caches, rows, max_length)
-        places = jax.device_put(slots, find_device(self.device))
+        places = jax.device_put(widened_slots(slots, caches), find_device(self.device))
+        check_fits(self.native.config, len(rows), places.shape[1], self.dtype, device_of(places))
         layers = [
             gathered(parts, places)
             for parts in zip(*(each.arrays.layers for each in caches), strict=True)
@@ -127,9 +139,11 @@ class FlaxModel:
             InputError: there are no labels.
         """
         check_has_loss(self.native.task, inputs)
-        graphdef, state = nnx.split(self.native)
-        arrays, options = self._arguments(inputs)
-        loss, gradients = loss_and_gradients(graphdef, state, arrays, options)
+        structure, leaves = self._state()
+        padded = padded_inputs(inputs, padded_length(inputs.shape[1]))
+        arrays, options = _arguments(padded)
+        loss, gradients = _LOSS_AND_GRADIENTS((structure, options), leaves, arrays)
+        gradients = structure.state(gradients)
         return float(loss), dict(named_leaves(self.native.task, gradients))
 
     def export(self) -> Weights:
@@ -138,51 +152,26 @@ class FlaxModel:
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """An array of this model in NumPy; 16-bit floats become float32."""
-        if array.dtype in (jnp.bfloat16, jnp.float16):
-            array = array.astype(jnp.float32)
-        return np.asarray(array)
+        known = np.asarray(array)
+        return known.astype(np.float32) if array.dtype in (jnp.bfloat16, jnp.float16) else known
 
-    def _past(self, cache: Cache) -> KeyValueCache:
-        """The arrays under the book of `cache`, which may have been shortened since."""
-        past: KeyValueCache = cache.arrays
-        # Copies, because `run` may write into the memory of what it is given.
-        device = find_device(self.device)
-        return dataclasses.replace(
-            past,
-            valid=jax.device_put(cache.valid.copy(), device),
-            next_position=jax.device_put(cache.next_position.astype(np.int32), device),
-            length=cache.length,
-        )
-
-    def _run(self, inputs: ModelInputs, past: KeyValueCache | None) -> Any:
-        graphdef, state = nnx.split(self.native)
-        arrays, options = self._arguments(inputs)
-        return run(graphdef, state, past, arrays, options)
-
-    def _arguments(self, inputs: ModelInputs) -> tuple[dict[str, Array], tuple[Any, ...]]:
-        arrays = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-            "position_ids": inputs.position_ids,
-            "inputs_embeds": inputs.inputs_embeds,
-            "labels": inputs.labels,
-            "pooled_positions": inputs.pooled_positions,
-            # An array, so that a loss is not compiled again for every number of tokens.
-            "num_items_in_batch": inputs.num_items_in_batch,
-        }
-        device = find_device(self.device)
-        arguments = {
-            name: jax.device_put(array, device)
-            for name, array in arrays.items()
-            if array is not None
-        }
-        options: dict[str, Any] = {
-            "output_hidden_states": inputs.output_hidden_states,
-            "output_attentions": inputs.output_attentions,
-        }
+    def _run(self, inputs: ModelInputs, cache: Cache | None) -> Any:
+        num_tokens, layers, book, room = inputs.shape[1], None, None, None
+        if cache is not None:
+            layers, room = cache.arrays.layers, num_slots(cache) - cache.length
+            book = {
+                "valid": widened_valid(cache.valid, num_slots(cache)),
+                "next_position": cache.next_position.astype(np.int32),
+                "length": np.int32(cache.length),
+            }
+        padded = padded_inputs(inputs, padded_length(num_tokens, room))
+        structure, leaves = self._state()
+        arrays, options = _arguments(padded)
         if inputs.logits_to_keep:
-            options["logits_to_keep"] = inputs.logits_to_keep
-        return arguments, tuple(options.items())
+            arrays["num_tokens"] = np.int32(num_tokens)
+            options += (("logits_to_keep", min(inputs.logits_to_keep, num_tokens)),)
+        out = _RUN((structure, options), leaves, layers, book, arrays)
+        return unpadded(out, num_tokens, num_tokens if cache is None else cache.capacity)
 
     def _outputs(self, out: Any) -> ModelOutputs:
         return ModelOutputs(
@@ -195,27 +184,60 @@ class FlaxModel:
         )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "options"), donate_argnames="past")
+Static = tuple[Structure, tuple[tuple[str, Any], ...]]
+"""What a program is compiled for: the module without its arrays, and the call's choices."""
+
+
+def _arguments(inputs: ModelInputs) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """The arrays of a call, and its choices."""
+    arrays: dict[str, Any] = {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask,
+        "position_ids": inputs.position_ids,
+        "inputs_embeds": inputs.inputs_embeds,
+        "labels": inputs.labels,
+        "pooled_positions": inputs.pooled_positions,
+    }
+    if inputs.num_items_in_batch is not None:
+        # An array, so that a loss is not compiled again for every number of tokens.
+        arrays["num_items_in_batch"] = np.int32(inputs.num_items_in_batch)
+    options = {
+        "output_hidden_states": inputs.output_hidden_states,
+        "output_attentions": inputs.output_attentions,
+    }
+    present = {name: array for name, array in arrays.items() if array is not None}
+    return present, tuple(options.items())
+
+
 def run(
-    graphdef: Any,
-    state: Any,
-    past: KeyValueCache | None,
+    static: Static,
+    leaves: list[Array],
+    layers: tuple[LayerCache, ...] | None,
+    book: dict[str, Any] | None,
     arrays: dict[str, Array],
-    options: tuple[tuple[str, Any], ...],
 ) -> Any:
-    """The module's call, compiled; the cache's memory is reused."""
-    module = nnx.merge(graphdef, state)
-    return module(**arrays, **dict(options), past_key_values=past, use_cache=past is not None)
+    """The module's call. Of the cache it returns the layers; the rest is the book of the core."""
+    structure, options = static
+    module = structure.module(leaves)
+    past = None if layers is None or book is None else KeyValueCache(layers, **book)
+    kept = dict(options).get("logits_to_keep")
+    if kept is not None:
+        module.model = LastTokens(module.model, arrays.pop("num_tokens"), kept)
+    out = module(**arrays, **dict(options), past_key_values=past, use_cache=past is not None)
+    return out._replace(past_key_values=None if past is None else out.past_key_values.layers)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "options"))
 def loss_and_gradients(
-    graphdef: Any, state: Any, arrays: dict[str, Array], options: tuple[tuple[str, Any], ...]
-) -> tuple[Array, Any]:
-    """The module's loss and its gradient by the state, compiled."""
+    static: Static, leaves: list[Array], arrays: dict[str, Array]
+) -> tuple[Array, list[Array]]:
+    """The module's loss and its gradient by each array."""
+    structure, options = static
 
-    def loss(state: Any) -> Array:
-        module = nnx.merge(graphdef, state)
-        return module(**arrays, **dict(options), use_cache=False).loss
+    def loss(leaves: list[Array]) -> Array:
+        return structure.module(leaves)(**arrays, **dict(options), use_cache=False).loss
 
-    return jax.value_and_grad(loss)(state)
+    return jax.value_and_grad(loss)(leaves)
+
+
+_RUN = Programs(run, donated=(2,))
+_LOSS_AND_GRADIENTS = Programs(loss_and_gradients)

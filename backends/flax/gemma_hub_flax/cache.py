@@ -11,6 +11,8 @@ from jax import Array
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import CapacityError
+from gemma_hub.memory import check_cache_fits
+from gemma_hub_flax.devices import free_memory
 
 
 class LayerCache(NamedTuple):
@@ -74,6 +76,7 @@ def empty_cache(
     config: GemmaConfig, batch_size: int, max_length: int, dtype: jnp.dtype, device: jax.Device
 ) -> KeyValueCache:
     """A cache of `max_length` slots that holds nothing yet, and does not grow."""
+    check_fits(config, batch_size, max_length, dtype, device)
     shape = (batch_size, max_length, config.num_key_value_heads, config.head_dim)
     return KeyValueCache(
         layers=tuple(
@@ -86,6 +89,19 @@ def empty_cache(
         valid=jnp.zeros((batch_size, max_length), dtype=jnp.bool, device=device),
         next_position=jnp.zeros(batch_size, dtype=jnp.int32, device=device),
         length=0,
+    )
+
+
+def check_fits(
+    config: GemmaConfig, batch_size: int, max_length: int, dtype: jnp.dtype, device: jax.Device
+) -> None:
+    """Refuse a cache for which the device has not enough memory.
+
+    Raises:
+        CapacityError: it has not.
+    """
+    check_cache_fits(
+        config, batch_size, max_length, jnp.dtype(dtype).itemsize, lambda: free_memory(device)
     )
 
 

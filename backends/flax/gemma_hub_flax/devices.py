@@ -3,6 +3,7 @@
 import jax
 
 from gemma_hub.errors import InputError
+from gemma_hub.memory import free_host_memory
 
 
 def device_names() -> list[str]:
@@ -34,3 +35,13 @@ def device_of(array: jax.Array) -> jax.Device:
 def name_of(device: jax.Device) -> str:
     """Such as "cpu:0"."""
     return f"{device.platform}:{device.id}"
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that can be taken there; None where that is not known."""
+    if device.platform == "cpu":
+        return free_host_memory()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
