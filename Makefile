@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c c
 PLUGINS = -e backends/torch -e backends/flax -e plugins/numpy -e plugins/tiny -e plugins/transformers -e conformance_tests
 STORY = tiny "Once upon a time" --dtype float32 --temperature 0.6 --top-p 0.9 --seed 7 --max-new-tokens 80
 
-.PHONY: demo test lint full-size clean
+.PHONY: demo test lint bench full-size clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -38,6 +38,12 @@ lint: $(VENV)/.installed-tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# Ours, Transformers and the limits of this machine; BENCH="--shape 2b --peer llama.cpp" adds to it.
+bench: $(VENV)/.installed-tests
+	@mkdir -p $(REPORT)
+	$(VENV)/bin/gemma-hub bench --dtype bfloat16 --dtype float32 --peer transformers $(BENCH) \
+		--json $(REPORT)/bench.json --markdown $(REPORT)/bench.md --plot $(REPORT)/bench.svg
 
 # A model of the size of gemma-2b converted there and back: 16 GB of disk, some minutes.
 full-size: $(VENV)/.installed-tests

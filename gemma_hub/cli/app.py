@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_hub.cli.backends import backends
+from gemma_hub.cli.bench import bench
 from gemma_hub.cli.chat import chat
 from gemma_hub.cli.classify import classify
 from gemma_hub.cli.console import say_error
@@ -57,7 +58,7 @@ _Group.core = app
 
 _COMMANDS = (
     generate, chat, score, classify, tag, tokenize, parity, verify, convert, inspect, formats,
-    backends, doctor, new_backend,
+    backends, doctor, bench, new_backend,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_hub.cli.console import out, progress_bar, show_table, table
+from gemma_hub.cli.files import checked_file
 from gemma_hub.cli.sources import local_source
 from gemma_hub.errors import InputError
 
@@ -20,13 +21,6 @@ _MARKS = {
     "tie": ("\u2248 tie", "yellow"),
     "different": ("\u2717", "bold red"),
 }
-
-
-def _checked_file(path: Path | None) -> Path | None:
-    """A file that can be written once the comparison is done, as far as one can tell before."""
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}.")
-    return path
 
 
 def parity(
@@ -50,12 +44,12 @@ def parity(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Write a self-contained page here.", dir_okay=False, callback=_checked_file
+            help="Write a self-contained page here.", dir_okay=False, callback=checked_file
         ),
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option(help="Write every number here.", dir_okay=False, callback=_checked_file),
+        typer.Option(help="Write every number here.", dir_okay=False, callback=checked_file),
     ] = None,
 ) -> None:
     """Compare backends with the float64 reference; exit code 1 if one differs."""
