@@ -1,0 +1,1 @@
+"""The benchmark of generation: each configuration in a process of its own, all interleaved."""
