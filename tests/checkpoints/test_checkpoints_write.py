@@ -55,6 +55,15 @@ def test_the_safetensors_library_reads_the_file(tmp_path, config, arrays):
         assert opened.metadata() == {"format": "pt"}
 
 
+def test_tensor_data_begins_at_a_line_of_the_processors_cache(tmp_path, config, arrays):
+    save_checkpoint(tmp_path / "model", config, ArrayWeights(arrays))
+    with (tmp_path / "model" / "model.safetensors").open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+    assert (8 + length) % 64 == 0
+    assert json.loads(header)  # spaces behind it are JSON too
+
+
 def test_files_of_a_single_file_checkpoint(tmp_path, config, arrays):
     save_checkpoint(tmp_path / "out", config, ArrayWeights(arrays))
     assert set(content(tmp_path / "out")) == {
