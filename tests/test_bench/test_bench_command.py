@@ -1,5 +1,6 @@
 """`gemma-hub bench`, end to end on a tiny model; peers that fail; arguments that are wrong."""
 
+import dataclasses
 import json
 import re
 import statistics
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from gemma_hub.bench import measuring
 from gemma_hub.bench.benchmark import run_bench
-from gemma_hub.bench.running import Settings
+from gemma_hub.bench.peers import chosen, read_peers
+from gemma_hub.bench.running import Settings, prepare, subjects
 from gemma_hub.cli.app import app
 from gemma_hub.plugins.registry import plugin_registry
 
@@ -91,6 +93,19 @@ def test_peers_that_fail_are_reported_and_the_others_go_on(
     assert peaks[-1]["resident_bytes"] < 10**9
 
 
+def test_a_peer_gets_the_checkpoint_in_the_format_that_it_reads(
+    checkpoint, tiny_config, peers_dir, tmp_path
+):
+    good = read_peers(peers_dir)["good"]
+    named = [dataclasses.replace(good, format=name) for name in ("pytorch_bin", "no_such_format")]
+    limits, converted, unknown = subjects(SETTINGS, checkpoint, tiny_config, (), named)
+    prepare([limits, converted, unknown], tiny_config, tmp_path)
+    assert limits.request["checkpoint"] == str(checkpoint)
+    assert (Path(converted.request["checkpoint"]) / "pytorch_model.bin").is_file()
+    assert converted.error == ""
+    assert "no_such_format" in unknown.error
+
+
 def test_private_memory_is_seen_while_it_is_held():
     code = (
         "import numpy, time; from gemma_hub.bench.measuring import PeakMemory; m = PeakMemory();"
@@ -154,8 +169,6 @@ def test_the_peers_of_the_repository_are_a_valid_table():
     folder = Path(__file__).parents[2] / "bench" / "peers"
     if not folder.is_dir():
         pytest.skip("needs bench/, which this copy of the tests has not")
-    from gemma_hub.bench.peers import chosen, read_peers
-
     peers = read_peers(folder)
     names = [name for name in peers if name != "torch-limits"]
     assert [peer.name for peer in chosen(peers, names)] == [*names, "torch-limits"]

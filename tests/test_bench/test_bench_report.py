@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma_hub.bench.checkpoints import matrix_parameters
-from gemma_hub.bench.plot import plot
+from gemma_hub.bench.plot import LEFT, RIGHT, WIDTH, plot
 from gemma_hub.bench.report import BenchReport
 from gemma_hub.bench.running import Settings, Subject
 
@@ -93,5 +93,12 @@ def test_the_plot_has_a_mark_for_every_rate_and_escapes_names(report):
     assert len(marks) == 4
     assert texts.count("peer <x>") == 2
     assert "gone" not in texts
-    at = {mark.get("x", mark.get("cx")) for mark in marks}
-    assert len(at) == 2  # ×1 and ×2
+    places = {_middle(mark) for mark in marks}
+    assert places == {LEFT + (WIDTH - LEFT - RIGHT) / 2, WIDTH - RIGHT}  # ×1 and ×2
+
+
+def _middle(mark: xml.etree.ElementTree.Element) -> float:
+    """Where a circle or a square is, from left to right."""
+    if mark.tag.endswith("circle"):
+        return float(mark.get("cx"))
+    return round(float(mark.get("x")) + float(mark.get("width")) / 2, 1)
