@@ -7,7 +7,7 @@ import pytest
 
 from gemma_hub.error_model import RATIO_LIMIT, WORST_RATIO_LIMIT
 from gemma_hub_conformance.calibrate import PATH, Limit, Observation, witness
-from gemma_hub_conformance.engine import run_conformance
+from gemma_hub_conformance.engine import load_subject, run_conformance
 from gemma_hub_conformance.mutants import all_mutants
 from gemma_hub_conformance.pages import filled
 
@@ -37,7 +37,8 @@ def test_the_limit_has_room_on_both_sides(name):
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_evidence_can_be_seen_again(name, oracle):
     worst, weakest = _observation(name, "worst_valid"), _observation(name, "weakest_mutant")
-    valid = witness(int(worst.run.removeprefix("witness ")))
+    is_witness = worst.run.startswith("witness ")
+    valid = witness(int(worst.run.split()[1])) if is_witness else load_subject(worst.run)
     mutant = all_mutants()[weakest.run].subject()
     (right,) = run_conformance(valid, [worst.case], oracle=oracle).results
     (wrong,) = run_conformance(mutant, [weakest.case], oracle=oracle).results

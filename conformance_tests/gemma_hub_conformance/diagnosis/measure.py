@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=1, help="only every N-th mutant")
     parser.add_argument("--first", type=int, default=0, help="the mutant of the sample to start at")
     parser.add_argument("--write", action="store_true", help="write calibration.json")
+    parser.add_argument("--keep", action="store_true", help="write its counts only")
     arguments = parser.parse_args()
     start = time.monotonic()
     chosen = slice(arguments.first, None, arguments.sample)
@@ -97,7 +98,8 @@ def main() -> None:
     local.say(f"in layer {LAYER} only")
     _CONSOLE.print(f"{time.monotonic() - start:.0f} s")
     if arguments.write:
-        content = calibration(anywhere, local)
+        content = json.loads(PATH.read_text("utf-8")) if arguments.keep else {}
+        content |= counts(anywhere, local) if arguments.keep else calibration(anywhere, local)
         PATH.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _CONSOLE.print(f"misfit_limit {content['misfit_limit']}")
 
@@ -112,7 +114,14 @@ def calibration(*tallies: Tally) -> dict[str, Any]:
         "largest_right": dataclasses.asdict(below[-1]),
         "smallest_wrong": dataclasses.asdict(wrong),
         "never_alike": [dataclasses.asdict(each) for each in right[len(below) :]],
-        "right_names": len(right),
+        **counts(*tallies),
+    }
+
+
+def counts(*tallies: Tally) -> dict[str, int]:
+    """What calibration.json says of its extent."""
+    return {
+        "right_names": sum(len(tally.right) for tally in tallies),
         "mutants": len(all_mutants()),
     }
 
