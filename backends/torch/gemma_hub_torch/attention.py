@@ -8,6 +8,9 @@ from torch import Tensor
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub_torch.dropout import dropout
+from gemma_hub_torch.fast_attention import FusedMask, fused_attend
+
+Mask = Tensor | FusedMask
 
 # Finite, so that a row that sees nothing is a plain average and not NaN.
 MASKED = -2.0e38
@@ -39,13 +42,17 @@ def causal_mask(valid: Tensor, start: int, num_queries: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout_rate: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout_rate: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S).
 
     Returns:
         The weighted sums (B, T, N, H), and the weights (B, N, T, S) as they were before dropout.
     """
+    if isinstance(mask, FusedMask):
+        if dropout_rate == 0:
+            return fused_attend(q, k, v, mask, scale), q.new_empty(0)  # nobody wants the weights
+        mask = mask.visible
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
     q = q.reshape(B, T, K, N // K, H)

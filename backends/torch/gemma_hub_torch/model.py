@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub_torch.attention import attend, causal_mask, rope_angles, rotate
+from gemma_hub_torch.attention import MASKED, Mask, attend, causal_mask, rope_angles, rotate
 from gemma_hub_torch.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_torch.calls import (
     finished_cache,
@@ -20,6 +20,7 @@ from gemma_hub_torch.calls import (
     token_labels,
 )
 from gemma_hub_torch.dropout import dropout
+from gemma_hub_torch.fast_attention import fused_mask
 from gemma_hub_torch.linear import Embedding, Linear, linear
 from gemma_hub_torch.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_torch.outputs import BaseModelOutput, HeadOutput
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(N * H, D, std=std, bias=bias)
 
     def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor, cache: LayerCache | None, start: int
+        self, x: Tensor, angles: Tensor, mask: Mask, cache: LayerCache | None, start: int
     ) -> tuple[Tensor, Tensor, LayerCache]:
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)
@@ -101,7 +102,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
 
     def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor, cache: LayerCache | None, start: int
+        self, x: Tensor, angles: Tensor, mask: Mask, cache: LayerCache | None, start: int
     ) -> tuple[Tensor, Tensor, LayerCache]:
         out, probs, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache, start)
         x = x + out
@@ -168,7 +169,9 @@ class GemmaModel(Pretrained, nn.Module):
         x = x.to(self.embed_tokens.weight.dtype)
         x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         angles = rope_angles(call.position_ids, self.config)
-        mask = causal_mask(call.visible, call.start, x.shape[1])
+        mask: Mask = causal_mask(call.visible, call.start, x.shape[1])
+        if not output_attentions:
+            mask = fused_mask(mask, MASKED)
         hidden_states, attentions, caches = [x], [], []
         for layer, cache in zip(self.layers, call.layers, strict=True):
             run = remat(layer) if self.gradient_checkpointing else layer

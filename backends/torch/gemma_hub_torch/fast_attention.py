@@ -1,0 +1,67 @@
+"""Attention by PyTorch's fused kernel: the same sums without the (B, N, T, S) weights in memory.
+
+For several queries on the CPU, where it is quicker, and only where nobody asked for the weights.
+Everything in it is float32. Axes are those of attention.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemma_hub_torch.calls import can_look
+
+
+@dataclass(frozen=True)
+class FusedMask:
+    """A mask in the form that the kernel takes.
+
+    Attributes:
+        visible: (B, T, S) bool, as `causal_mask` made it.
+        bias: (B, 1, T, S) float32 to add to the scores; None where each query sees all slots up to
+            its own, so that the kernel need not look at the others.
+    """
+
+    visible: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, T, S)."""
+        return self.visible.shape
+
+
+def fused_mask(mask: Tensor | FusedMask, masked: float) -> Tensor | FusedMask:
+    """The (B, T, S) mask for the fused kernel, or itself where that is not the quicker one.
+
+    Args:
+        mask: as `causal_mask` made it.
+        masked: score of what a query does not see.
+    """
+    _, T, S = mask.shape
+    if isinstance(mask, FusedMask) or T == 1 or mask.device.type != "cpu":
+        return mask
+    # The last query sees every slot: then there is no padding, and all queries see a triangle.
+    if T == S and can_look(mask) and bool(mask[:, -1].all()):
+        return FusedMask(mask, None)
+    # A score that is replaced has no gradient; one that something is added to has, which shows in
+    # rows that see nothing.
+    if torch.is_grad_enabled():
+        return mask
+    return FusedMask(mask, torch.where(mask, 0.0, masked)[:, None])
+
+
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: FusedMask, scale: float) -> Tensor:
+    """The weighted sums (B, T, N, H) of v (B, S, K, H) for q (B, T, N, H)."""
+    queries, keys, values = (x.to(torch.float32).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask.bias,
+        is_causal=mask.bias is None,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2).to(v.dtype)
