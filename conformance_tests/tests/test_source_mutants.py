@@ -21,6 +21,7 @@ from gemma_hub_conformance.spec import Subject
 
 BACKENDS = Path(__file__).parents[2] / "backends"
 FORWARD = "L2.forward.gqa.left_padding"
+PLAIN = "L2.cache.gqa.no_padding"  # single queries, for which torch has no other attention
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ EDITS = [
         "attention.py",
         "q.reshape(B, T, K, N // K, H)",
         "q.reshape(B, T, N // K, K, H).swapaxes(2, 3)",
+        PLAIN,
     ),
     Edit(
         "positions in bfloat16",
@@ -106,6 +108,7 @@ EDITS = [
             "(scores, -1).to(torch.bfloat16).to(v.dtype)",
             "(scores, -1).astype(jnp.bfloat16).astype(v.dtype)",
         ),
+        PLAIN,
     ),
     Edit(
         "values cached as keys",
