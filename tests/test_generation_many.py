@@ -160,6 +160,43 @@ def test_the_sizes_are_few(rows_model, monkeypatch):
     assert {length for _, length in sizes} <= {16, 32, 64}
 
 
+# -- progress --------------------------------------------------------------------------------------
+
+
+class OnlyByName:
+    """What a wrapper of an iterator is: it has the method for a length, and no length."""
+
+    def __iter__(self):
+        return iter(TEXTS)
+
+    def __len__(self):
+        raise TypeError("the iterator has no length")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "copies", "total"),
+    [
+        (list(TEXTS), 1, 5),
+        (list(TEXTS), 3, 15),
+        (np.array([[2, 5], [2, 6]]), 2, 4),
+        (iter(TEXTS), 1, None),
+        (OnlyByName(), 2, None),
+    ],
+)
+def test_the_progress_is_told_of_each_result(lm, prompts, copies, total):
+    told, seen = [], []
+    settings = {"temperature": 1.0, "seed": 3, "num_return_sequences": copies}
+    results = lm.generate_many(
+        prompts, batch_size=2, max_new_tokens=3, progress=lambda *now: told.append(now), **settings
+    )
+    assert told == []
+    for result in results:
+        seen.append(result)
+        assert told[-1] == (len(seen), total)
+    assert [done for done, _ in told] == list(range(1, len(seen) + 1))
+    assert len(seen) == total or total is None
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from gemma_hub.cli.doctor import doctor
 from gemma_hub.cli.extensions import CommandGroup
 from gemma_hub.cli.formats import formats
 from gemma_hub.cli.generate import generate
+from gemma_hub.cli.generate_many import generate_many
 from gemma_hub.cli.inspect import inspect
 from gemma_hub.cli.new_backend import new_backend
 from gemma_hub.cli.parity import parity
@@ -57,8 +58,8 @@ app = typer.Typer(
 _Group.core = app
 
 _COMMANDS = (
-    generate, chat, score, classify, tag, tokenize, parity, verify, convert, inspect, formats,
-    backends, doctor, bench, new_backend,
+    generate, generate_many, chat, score, classify, tag, tokenize, parity, verify, convert, inspect,
+    formats, backends, doctor, bench, new_backend,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

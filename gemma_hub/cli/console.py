@@ -79,14 +79,16 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar() -> Iterator[Callable[[str, int, int | None], None] | None]:
     """A `progress` callback that draws a bar on standard error; None where that is no terminal."""
     console = err()
     if not console.is_terminal:
         yield None
         return
     columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Otherwise what a command writes to standard output meanwhile, a pipe perhaps, comes here too.
+    live = Progress(*columns, console=console, transient=True, redirect_stdout=False)
+    with live as progress:
         task = progress.add_task("starting", total=None)
         yield lambda what, done, total: progress.update(
             task, description=what, completed=done, total=total

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: the options of a generation, and the settings they make."""
+"""What the commands that generate share: their options, and the settings that these make."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any

@@ -58,7 +58,7 @@ def beam_search(
         prefix.check_model(model)
     first = () if prefix is None else prefix.token_ids
     checked = [
-        checked_prompt(index, prompt, config, settings.max_new_tokens, first)
+        checked_prompt(f"Prompt {index}", prompt, config, settings.max_new_tokens, first)
         for index, prompt in enumerate(prompts)
     ]
     check_ids(settings, config.vocab_size)

@@ -88,7 +88,7 @@ def stream_ids(
         prefix.check_model(model)
     first = () if prefix is None else prefix.token_ids
     checked = [
-        checked_prompt(row, prompt, config, settings.max_new_tokens, first)
+        checked_prompt(f"Prompt {row}", prompt, config, settings.max_new_tokens, first)
         for row, prompt in enumerate(prompts)
     ]
     check_ids(settings, config.vocab_size)

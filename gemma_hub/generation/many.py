@@ -1,8 +1,9 @@
 """Many prompts, one after another: where a row ends, the next prompt takes its place."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,11 @@ from gemma_hub.generation.prefix import Prefix
 from gemma_hub.generation.prompt_checks import checked_prompt
 from gemma_hub.generation.rules import Row, check_ids
 from gemma_hub.generation.settings import GenerationSettings
+
+Progress = Callable[[int, int | None], None]
+"""(results that are handed out, results in all or None where that is unknown)."""
+
+_Result = TypeVar("_Result")
 
 LOOK_AHEAD = 4
 """Batches of rows that may have begun and are not handed out yet."""
@@ -117,6 +123,13 @@ def _finished(batch: Batch, waiting: "_Waiting", batch_size: int) -> Iterator[Fi
         raise waiting.error
 
 
+def counted(results: Iterator[_Result], progress: Progress, total: int | None) -> Iterator[_Result]:
+    """`results`, of each of which `progress` is told as it is handed out."""
+    for done, result in enumerate(results, 1):
+        progress(done, total)
+        yield result
+
+
 class _Waiting:
     """The rows of prompts that are read as they are needed, up to the first that is wrong.
 
@@ -152,7 +165,11 @@ class _Waiting:
         try:
             for number, prompt in enumerate(prompts):
                 ids = checked_prompt(
-                    number, prompt, self._config, self._settings.max_new_tokens, self._prefix
+                    f"Prompt {number}",
+                    prompt,
+                    self._config,
+                    self._settings.max_new_tokens,
+                    self._prefix,
                 )
                 for copy in range(each):
                     yield Row(number * each + copy, ids)

@@ -9,7 +9,7 @@ from gemma_hub.errors import CapacityError, InputError
 
 
 def checked_prompt(
-    row: int,
+    name: str,
     prompt: Sequence[int],
     config: GemmaConfig,
     max_new_tokens: int,
@@ -18,7 +18,7 @@ def checked_prompt(
     """(T,) int64 ids of one prompt.
 
     Args:
-        row: its index in the request, for the message.
+        name: what messages call it, such as "Prompt 0".
         prompt: ids without padding, those of `prefix` included.
         config: the model's.
         max_new_tokens: that are to follow.
@@ -29,9 +29,9 @@ def checked_prompt(
             the vocabulary.
         CapacityError: it and its new tokens need more positions than the model has.
     """
-    ids = checked_ids(f"Prompt {row}", prompt, config)
+    ids = checked_ids(name, prompt, config)
     if tuple(ids[: len(prefix)].tolist()) != tuple(prefix):
-        raise InputError(f"Prompt {row} does not begin with the ids of its prefix; join them.")
+        raise InputError(f"{name} does not begin with the ids of its prefix; join them.")
     # The last new token is never fed, so it needs no position.
     limit = config.max_position_embeddings
     needed = len(ids) + max_new_tokens - 1
@@ -40,7 +40,7 @@ def checked_prompt(
         advice = f"Ask for at most {room} new tokens" if room > 0 else "Shorten the prompt"
         shared = f" ({len(prefix)} of them its prefix)" if prefix else ""
         raise CapacityError(
-            f"Prompt {row} has {len(ids)} tokens{shared} and max_new_tokens is {max_new_tokens}: "
+            f"{name} has {len(ids)} tokens{shared} and max_new_tokens is {max_new_tokens}: "
             f"that needs {needed} positions, and this model has {limit} (max_position_embeddings). "
             f"{advice}."
         )

@@ -13,7 +13,7 @@ from gemma_hub.generation.beams import beam_search
 from gemma_hub.generation.choosing import Ends, NewToken
 from gemma_hub.generation.drafting import check_draft
 from gemma_hub.generation.loop import GeneratedIds, generate_ids, stream_ids
-from gemma_hub.generation.many import generate_many_ids
+from gemma_hub.generation.many import Progress, counted, generate_many_ids
 from gemma_hub.generation.prefix import Prefix
 from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
@@ -129,6 +129,7 @@ class CausalLM(LoadedModel):
         *,
         batch_size: int = BATCH_SIZE,
         prefix: Prefix | None = None,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> Iterator[Generation]:
         """Continue prompts one after another, as many as there are; for one list use `generate`.
@@ -141,6 +142,8 @@ class CausalLM(LoadedModel):
             prompts: texts or rows of ids, as for `generate`; may be endless.
             batch_size: rows that run at once.
             prefix: as for `generate`.
+            progress: told how many results are handed out, and of how many: None where the prompts
+                have no length.
             **settings: as for `generate`, without beams and drafts.
 
         Returns:
@@ -173,10 +176,15 @@ class CausalLM(LoadedModel):
             ends=ends if checked.stop_texts else None,
             prefix=prefix,
         )
-        return (
+        results = (
             self._generation(row.prompt.tolist(), row.result, checked, texts.pop(row.row, None))
             for row in rows
         )
+        if progress is None:
+            return results
+        length = _length(prompts)
+        total = None if length is None else length * checked.num_return_sequences
+        return counted(results, progress, total)
 
     def prefix(self, text: str | None = None, *, input_ids: Any = None) -> Prefix:
         """Read a beginning once, for `generate`, `generate_many` and `stream` to go on from.
@@ -428,6 +436,14 @@ class CausalLM(LoadedModel):
             score=result.score,
             drafts=result.drafts,
         )
+
+
+def _length(prompts: Iterable[Any]) -> int | None:
+    """How many there are; None where that is unknown."""
+    try:
+        return len(prompts)  # type: ignore[arg-type]
+    except TypeError:  # also of what wraps an iterator, and so has a length only by name
+        return None
 
 
 def _ends(texts: list[StoppedText]) -> Ends:
