@@ -29,7 +29,7 @@ class Edit:
     """Replace `old` by `new` in `file`; `case` must notice. A pair is (torch, flax)."""
 
     name: str
-    file: str
+    file: str | tuple[str, str]
     old: str | tuple[str, str]
     new: str | tuple[str, str]
     case: str = FORWARD
@@ -68,7 +68,13 @@ EDITS = [
         "if True:\n            logits",
         "L2.forward.untied.no_padding",
     ),
-    Edit("all logits kept", "model.py", "[:, -logits_to_keep:]", "[:, :]", "L2.logits_to_keep.5"),
+    Edit(
+        "wrong logits kept",
+        ("model.py", "fast_shapes.py"),
+        ("[:, -logits_to_keep:]", "self._num_tokens - self._count, self._count"),
+        ("[:, :]", "self._num_tokens - self._count - 1, self._count"),
+        "L2.logits_to_keep.5",
+    ),
     Edit("rope base", "attention.py", "config.rope_theta**", "10000.0**"),
     Edit(
         "rope scaling",
@@ -201,7 +207,7 @@ def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         (tmp_path / copy).mkdir()
         for source in (BACKENDS / backend / package).glob("*.py"):
             text = source.read_text(encoding="utf-8")
-            if source.name == edit.file:
+            if source.name == edit.text(backend, "file"):
                 old, new = edit.text(backend, "old"), edit.text(backend, "new")
                 assert old in text, f"{edit.name}: {old!r} is not in {source.name} any more"
                 text = text.replace(old, new)

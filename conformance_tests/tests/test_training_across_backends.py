@@ -33,6 +33,7 @@ from gemma_hub.inputs import ModelInputs
 from gemma_hub.parameters import ArrayWeights
 from gemma_hub_conformance.checkpoints import CHECKPOINTS
 from gemma_hub_flax.backend import FlaxBackend
+from gemma_hub_flax.backend import _arguments as flax_arguments
 from gemma_hub_flax.weights import named_leaves
 from gemma_hub_numpy.model import Reference, Witness
 from gemma_hub_torch.backend import TorchBackend, TorchModel
@@ -111,7 +112,7 @@ def dropped_flax_gradients(arrays: Arrays, checkpointing: bool) -> Arrays:
     model = built(FlaxBackend(), arrays, config)
     if checkpointing:
         model.native.gradient_checkpointing_enable()
-    call, options = model._arguments(batch())
+    call, options = flax_arguments(batch())
     gradients = gradients_by_state(*nnx.split(model.native), call, options, jax.random.key(4))
     return {name: np.asarray(value) for name, value in named_leaves("causal_lm", gradients)}
 
@@ -138,7 +139,7 @@ def train_torch(rule: Rule, steps: int, arrays: Arrays) -> Arrays:
 
 def train_flax(rule: Rule, steps: int, arrays: Arrays) -> Arrays:
     model = built(FlaxBackend(), arrays)
-    call, options = model._arguments(batch())
+    call, options = flax_arguments(batch())
 
     @nnx.jit
     def step(native: Any, optimizer: nnx.Optimizer, call: Any) -> None:

@@ -10,7 +10,11 @@ import time
 import pytest
 
 RUN = "from gemma_hub.cli.app import main; main()"
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+# With Ctrl-C as a terminal has it, also where the tests run in the background, which ignores it.
+OWN_TERMINAL = (
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
+)
 
 
 @pytest.fixture(scope="module")

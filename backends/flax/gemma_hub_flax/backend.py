@@ -25,6 +25,7 @@ from gemma_hub_flax.fast_shapes import (
     padded_inputs,
     padded_length,
     unpadded,
+    whole_length,
     widened_slots,
     widened_valid,
 )
@@ -140,7 +141,7 @@ class FlaxModel:
         """
         check_has_loss(self.native.task, inputs)
         structure, leaves = self._state()
-        padded = padded_inputs(inputs, padded_length(inputs.shape[1]))
+        padded = padded_inputs(inputs, whole_length(inputs))
         arrays, options = _arguments(padded)
         loss, gradients = _LOSS_AND_GRADIENTS((structure, options), leaves, arrays)
         gradients = structure.state(gradients)
@@ -156,15 +157,16 @@ class FlaxModel:
         return known.astype(np.float32) if array.dtype in (jnp.bfloat16, jnp.float16) else known
 
     def _run(self, inputs: ModelInputs, cache: Cache | None) -> Any:
-        num_tokens, layers, book, room = inputs.shape[1], None, None, None
+        num_tokens, length, layers, book = inputs.shape[1], whole_length(inputs), None, None
         if cache is not None:
-            layers, room = cache.arrays.layers, num_slots(cache) - cache.length
+            layers = cache.arrays.layers
+            length = padded_length(num_tokens, num_slots(cache) - cache.length)
             book = {
                 "valid": widened_valid(cache.valid, num_slots(cache)),
                 "next_position": cache.next_position.astype(np.int32),
                 "length": np.int32(cache.length),
             }
-        padded = padded_inputs(inputs, padded_length(num_tokens, room))
+        padded = padded_inputs(inputs, length)
         structure, leaves = self._state()
         arrays, options = _arguments(padded)
         if inputs.logits_to_keep:

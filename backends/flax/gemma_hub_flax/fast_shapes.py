@@ -34,6 +34,16 @@ def padded_length(length: int, room: int | None = None) -> int:
     return padded if room is None or padded <= room else length
 
 
+def whole_length(inputs: ModelInputs) -> int:
+    """`padded_length` of a call without a cache, or its own where a query sees nothing.
+
+    Such a query, in the padding before a row's tokens, averages over all slots, so that more of
+    them change its result; and a loss may count it.
+    """
+    length = inputs.shape[1]
+    return padded_length(length) if inputs.attention_mask[:, 0].all() else length
+
+
 def padded_inputs(inputs: ModelInputs, length: int) -> ModelInputs:
     """The inputs with masked tokens behind the (B, T) given ones, (B, length)."""
     more = length - inputs.shape[1]

@@ -207,6 +207,23 @@ def test_losses_and_gradients_are_those_without_padding(
         np.testing.assert_allclose(gradient, expected[name], atol=NOISE * max(scale, 1e-3), rtol=0)
 
 
+def test_a_loss_that_counts_the_first_token_after_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is predicted from padding, whose query sees nothing and averages over all slots.
+    one = model("causal_lm")
+    mask = np.ones((2, 11), np.bool_)
+    mask[1, :3] = False
+    labels = np.where(mask, 5, -100)
+    given = dataclasses.replace(inputs(11, labels=labels), attention_mask=mask)
+    loss, gradients = one.loss_and_gradients(given)
+    logits = one.forward(given).to_numpy().logits
+    exact(monkeypatch)
+    expected_loss, expected = one.loss_and_gradients(given)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(logits, one.forward(given).to_numpy().logits, atol=NOISE)
+    name = "model.embed_tokens.weight"
+    np.testing.assert_allclose(gradients[name], expected[name], atol=NOISE)
+
+
 def test_hidden_states_of_a_model_without_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     one = model("base")
     padded = one.forward(inputs(5, task="base")).to_numpy().last_hidden_state
