@@ -14,7 +14,7 @@ from gemma_hub_conformance.heads import INFERRED, NUM_LABELS, ONE_LABEL, SEQUENC
 from gemma_hub_conformance.oracle import witness_roundings
 from gemma_hub_conformance.rows import Batch, Row, row, tokens
 from gemma_hub_conformance.seeds import entropy
-from gemma_hub_conformance.spec import CaseContext, CaseSpec
+from gemma_hub_conformance.spec import CaseContext, CaseSpec, prepare
 
 DRAWS = 8  # losses in one case: one alone would say little about its own noise
 NUM_ITEMS = 97  # a compiled backend may compile anew for another number
@@ -34,6 +34,7 @@ def cases() -> list[CaseSpec]:
         "pad_id_label": ("a label that is the pad id counts", partial(_causal, pads=0.5)),
         "row_without_labels": ("a padded row without a label adds nothing", _row_without_labels),
         "label_after_the_end": ("the label after a row's last token counts", _after_the_end),
+        "label_after_left_padding": ("a row's first token is predicted by padding", _after_padding),
         "of_its_logits": ("it is the loss of the logits beside it", _of_its_logits),
     }  # fmt: skip
     by_token: dict[str, tuple[str, Run]] = {
@@ -124,11 +125,18 @@ def judge_losses(
     logits = [truth.logits, *truth.witness_logits]
     if checkpoint.task != "sequence_classification":
         logits = [_laid_out(each, batch) for each in logits]
+    context.compare("losses", np.array([found]), *_true_losses(logits, formulas))
+
+
+def _true_losses(
+    logits: Sequence[np.ndarray], formulas: Sequence[Loss]
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Each formula of the reference's logits, and of each witness's; (1, formulas) each."""
     reference, *witnesses = (
         np.array([[formula(each, single) for formula in formulas]])
         for each, single in zip(logits, (losses.exact, *witness_roundings()), strict=True)
     )
-    context.compare("losses", np.array([found]), reference, tuple(witnesses))
+    return reference, tuple(witnesses)
 
 
 def _laid_out(logits: np.ndarray, batch: Batch) -> np.ndarray:
@@ -191,6 +199,28 @@ def _after_the_end(context: CaseContext) -> None:
             labels[b, len(each.ids)] = 20 + 7 * seed + b
         draws.append(labels)
     _judge_causal(context, batch, draws)
+
+
+def _after_padding(context: CaseContext) -> None:
+    """The padding's logits depend on the batch, so the reference runs all of it."""
+    batch = Batch.of(padded("left_padding"), LENGTH)
+    inputs = prepare(GQA, batch)
+    logits = [model.run(inputs).logits for model in context.oracle.models(GQA, context.dtype)]
+    draws = []
+    for seed in range(DRAWS):
+        labels = np.full(batch.mask.shape, IGNORED)
+        for b, each in enumerate(batch.rows):
+            if each.slots[0] > 0:
+                labels[b, each.slots[0]] = 20 + 7 * seed + b
+        draws.append(labels)
+    found = _forward_losses(context, GQA, batch, draws)
+    context.compare(
+        "losses",
+        np.array([found]),
+        *_true_losses(
+            logits, [partial(losses.causal, labels=labels, num_items=None) for labels in draws]
+        ),
+    )
 
 
 def _of_its_logits(context: CaseContext) -> None:

@@ -11,11 +11,12 @@ from gemma_hub.outputs import ModelOutputs
 from gemma_hub.problem import ProblemType
 from gemma_hub_conformance.checkpoints import PAD_ID
 from gemma_hub_conformance.mutants.bank import Bank, StandInModel, to_bfloat16
-from gemma_hub_numpy.model import Array, Reference
+from gemma_hub_numpy.model import Array, LayerCache, Reference
 
 bank = Bank()
 CAUSAL = "L5.causal.loss.no_padding"
 PADDED = "L5.causal.loss.left_padding"
+BLIND = "L5.causal.loss.label_after_left_padding"
 
 
 @bank.mutant(CAUSAL, "The causal loss shifts: a token is predicted by those before it.")
@@ -116,6 +117,46 @@ class LossMasksPadding(Reference):
             labels = np.where(inputs.attention_mask, inputs.labels, IGNORED)
             inputs = dataclasses.replace(inputs, labels=labels)
         return super().loss(logits, inputs)
+
+
+@bank.mutant(BLIND, "A query that sees nothing attends to all slots alike; it gives no zeros.")
+class BlindQueriesZero(Reference):
+    def softmax(self, scores: Array, visible: Array) -> Array:
+        probs = super().softmax(scores, visible)
+        sees = np.asarray(visible.any(axis=-1))
+        return np.where(sees[:, None, :, None], probs, 0.0)
+
+
+@bank.mutant(BLIND, "A query that sees nothing attends to the slots of its call, and to no more.")
+class BlindQueriesSeeMoreSlots(Reference):
+    """Calls are padded behind to whole blocks of 32, so that few shapes are compiled."""
+
+    def forward(
+        self, inputs: ModelInputs, valid: Array | None, start: int, cache: list[LayerCache] | None
+    ) -> ModelOutputs:
+        whole = cache is None and inputs.input_ids is not None and inputs.logits_to_keep == 0
+        if not whole or self.task != "causal_lm":
+            return super().forward(inputs, valid, start, cache)
+        T = inputs.shape[1]
+
+        def padded(array: Array | None, value: int = 0) -> Any:
+            more = ((0, 0), (0, -T % 32))
+            return None if array is None else np.pad(array, more, constant_values=value)
+
+        wide = dataclasses.replace(
+            inputs,
+            input_ids=padded(inputs.input_ids),
+            attention_mask=padded(inputs.attention_mask),
+            position_ids=padded(inputs.position_ids),
+            labels=padded(inputs.labels, IGNORED),
+        )
+        outputs = super().forward(wide, valid, start, cache)
+        states = outputs.hidden_states
+        return dataclasses.replace(
+            outputs,
+            logits=None if outputs.logits is None else outputs.logits[:, :T],
+            hidden_states=None if states is None else tuple(each[:, :T] for each in states),
+        )
 
 
 @bank.mutant(PADDED, "Padding whose label is -100 adds nothing.")
