@@ -3,6 +3,8 @@
 Axes: B batch, T queries, S key slots, N query heads, K key/value heads, G = N / K, H head size.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,21 +16,28 @@ from gemma_hub_flax.dropout import Dropout
 MASKED = -2.0e38
 
 
-def rope_angles(position_ids: Array, config: GemmaConfig) -> Array:
-    """Rotary angles in radians, (B, T, H / 2) float32, of integer positions (B, T)."""
+class Rope(NamedTuple):
+    """How much of each feature, and of its partner, is in the turned one: (B, T, 1, H) float32."""
+
+    cos: Array
+    sin: Array
+
+
+def rope(position_ids: Array, config: GemmaConfig) -> Rope:
+    """The rotation by integer positions (B, T): pairs are (i, i + H / 2)."""
     H = config.head_dim
     exponents = jnp.arange(0, H, 2, dtype=jnp.float32) / H
     frequencies = 1.0 / config.rope_theta**exponents
     positions = position_ids.astype(jnp.float32) / config.rope_factor
-    return positions[:, :, None] * frequencies
+    angles = (positions[:, :, None] * frequencies)[:, :, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rope(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
 
 
-def rotate(x: Array, angles: Array) -> Array:
-    """x (B, T, N, H) with the pair (i, i + H / 2) turned by angles (B, T, H / 2); in float32."""
-    cos = jnp.cos(angles)[:, :, None]
-    sin = jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+def rotate(x: Array, turns: Rope) -> Array:
+    """x (B, T, N, H) turned by its positions; in float32."""
+    y = x.astype(jnp.float32)
+    y = y * turns.cos + jnp.roll(y, x.shape[-1] // 2, -1) * turns.sin
     return y.astype(x.dtype)
 
 

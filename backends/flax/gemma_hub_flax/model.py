@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub_flax.attention import attend, causal_mask, rope_angles, rotate
+from gemma_hub_flax.attention import Rope, attend, causal_mask, rope, rotate
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_flax.calls import (
     finished_cache,
@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Array,
-        angles: Array,
+        turns: Rope,
         mask: Array,
         cache: LayerCache | None,
         start: Array | int,
@@ -70,8 +70,8 @@ class Attention(nnx.Module):
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)
-        q = rotate(q, angles)
-        k = rotate(k, angles)
+        q = rotate(q, turns)
+        k = rotate(k, turns)
         cache = append(cache, k, v, start)
         k, v = filled(cache.keys, mask.shape[2]), filled(cache.values, mask.shape[2])
         dropout = Dropout(self.dropout, dropout_rng)
@@ -106,14 +106,14 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        angles: Array,
+        turns: Rope,
         mask: Array,
         cache: LayerCache | None,
         start: Array | int,
         dropout_rng: Array | None,
     ) -> tuple[Array, Array, LayerCache]:
         out, probs, cache = self.self_attn(
-            self.input_layernorm(x), angles, mask, cache, start, dropout_rng
+            self.input_layernorm(x), turns, mask, cache, start, dropout_rng
         )
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -181,13 +181,13 @@ class FlaxGemmaModel(Pretrained, nnx.Module):
             x = self.embed_tokens(x)
         x = x.astype(self.embed_tokens.weight.dtype)
         x = x * jnp.full((), self.config.embedding_scale, dtype=x.dtype)
-        angles = rope_angles(call.position_ids, self.config)
+        turns = rope(call.position_ids, self.config)
         mask = causal_mask(call.visible, call.start, x.shape[1])
         hidden_states, attentions, caches = [x], [], []
         keys = split_key(dropout_rng, len(self.layers))
         for layer, cache, key in zip(self.layers, call.layers, keys, strict=True):
             run = remat(layer) if self.gradient_checkpointing else layer
-            x, probs, cache = run(x, angles, mask, cache, call.start, key)
+            x, probs, cache = run(x, turns, mask, cache, call.start, key)
             hidden_states.append(x)
             attentions.append(probs)
             caches.append(cache)

@@ -3,6 +3,8 @@
 Axes: B batch, T queries, S key slots, N query heads, K key/value heads, G = N / K, H head size.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,21 +18,28 @@ Mask = Tensor | FusedMask
 MASKED = -2.0e38
 
 
-def rope_angles(position_ids: Tensor, config: GemmaConfig) -> Tensor:
-    """Rotary angles in radians, (B, T, H / 2) float32, of integer positions (B, T)."""
+class Rope(NamedTuple):
+    """How much of each feature, and of its partner, is in the turned one: (B, T, 1, H) float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope(position_ids: Tensor, config: GemmaConfig) -> Rope:
+    """The rotation by integer positions (B, T): pairs are (i, i + H / 2)."""
     H = config.head_dim
     exponents = torch.arange(0, H, 2, dtype=torch.float32, device=position_ids.device) / H
     frequencies = 1.0 / config.rope_theta**exponents
     positions = position_ids.to(torch.float32) / config.rope_factor
-    return positions[:, :, None] * frequencies
+    angles = (positions[:, :, None] * frequencies)[:, :, None]
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return Rope(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, T, N, H) with the pair (i, i + H / 2) turned by angles (B, T, H / 2); in float32."""
-    cos = torch.cos(angles)[:, :, None]
-    sin = torch.sin(angles)[:, :, None]
-    first, second = torch.chunk(x.to(torch.float32), 2, -1)
-    y = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+def rotate(x: Tensor, turns: Rope) -> Tensor:
+    """x (B, T, N, H) turned by its positions; in float32."""
+    y = x.to(torch.float32)
+    y = y * turns.cos + torch.roll(y, x.shape[-1] // 2, -1) * turns.sin
     return y.to(x.dtype)
 
 

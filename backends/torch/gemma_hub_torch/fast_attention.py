@@ -1,6 +1,6 @@
 """Attention by PyTorch's fused kernel: the same sums without the (B, N, T, S) weights in memory.
 
-For several queries on the CPU, where it is quicker, and only where nobody asked for the weights.
+On the CPU, where it is quicker, and only where nobody asked for the weights.
 Everything in it is float32. Axes are those of attention.py.
 """
 
@@ -40,10 +40,10 @@ def fused_mask(mask: Tensor | FusedMask, masked: float) -> Tensor | FusedMask:
         masked: score of what a query does not see.
     """
     _, T, S = mask.shape
-    if isinstance(mask, FusedMask) or T == 1 or mask.device.type != "cpu":
+    if isinstance(mask, FusedMask) or mask.device.type != "cpu":
         return mask
     # The last query sees every slot: then there is no padding, and all queries see a triangle.
-    if T == S and can_look(mask) and bool(mask[:, -1].all()):
+    if 1 < T == S and can_look(mask) and bool(mask[:, -1].all()):
         return FusedMask(mask, None)
     # A score that is replaced has no gradient; one that something is added to has, which shows in
     # rows that see nothing.
@@ -54,7 +54,12 @@ def fused_mask(mask: Tensor | FusedMask, masked: float) -> Tensor | FusedMask:
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: FusedMask, scale: float) -> Tensor:
     """The weighted sums (B, T, N, H) of v (B, S, K, H) for q (B, T, N, H)."""
+    B, T, N, H = q.shape
     queries, keys, values = (x.to(torch.float32).transpose(1, 2) for x in (q, k, v))
+    if T == 1:
+        # The heads that share keys see the same slots: as queries of one head, (B, K, G, H), they
+        # have the keys read once.
+        queries = queries.reshape(B, -1, N // k.shape[2], H)
     out = F.scaled_dot_product_attention(
         queries,
         keys,
@@ -63,5 +68,5 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: FusedMask, scale: float)
         is_causal=mask.bias is None,
         scale=scale,
         enable_gqa=True,
-    )
-    return out.transpose(1, 2).to(v.dtype)
+    ).to(v.dtype)
+    return out.reshape(B, T, N, H) if T == 1 else out.transpose(1, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub_torch.attention import MASKED, Mask, attend, causal_mask, rope_angles, rotate
+from gemma_hub_torch.attention import MASKED, Mask, Rope, attend, causal_mask, rope, rotate
 from gemma_hub_torch.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_torch.calls import (
     finished_cache,
@@ -60,14 +60,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(N * H, D, std=std, bias=bias)
 
     def forward(
-        self, x: Tensor, angles: Tensor, mask: Mask, cache: LayerCache | None, start: int
+        self, x: Tensor, turns: Rope, mask: Mask, cache: LayerCache | None, start: int
     ) -> tuple[Tensor, Tensor, LayerCache]:
         B, T, _ = x.shape
         q = self.q_proj(x).reshape(B, T, -1, self.head_dim)
         k = self.k_proj(x).reshape(B, T, -1, self.head_dim)
         v = self.v_proj(x).reshape(B, T, -1, self.head_dim)
-        q = rotate(q, angles)
-        k = rotate(k, angles)
+        q = rotate(q, turns)
+        k = rotate(k, turns)
         cache = append(cache, k, v, start)
         k, v = filled(cache.keys, mask.shape[2]), filled(cache.values, mask.shape[2])
         rate = self.dropout if self.training else 0.0
@@ -102,9 +102,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
 
     def forward(
-        self, x: Tensor, angles: Tensor, mask: Mask, cache: LayerCache | None, start: int
+        self, x: Tensor, turns: Rope, mask: Mask, cache: LayerCache | None, start: int
     ) -> tuple[Tensor, Tensor, LayerCache]:
-        out, probs, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache, start)
+        out, probs, cache = self.self_attn(self.input_layernorm(x), turns, mask, cache, start)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, probs, cache
@@ -168,14 +168,14 @@ class GemmaModel(Pretrained, nn.Module):
             x = self.embed_tokens(x)
         x = x.to(self.embed_tokens.weight.dtype)
         x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
-        angles = rope_angles(call.position_ids, self.config)
+        turns = rope(call.position_ids, self.config)
         mask: Mask = causal_mask(call.visible, call.start, x.shape[1])
         if not output_attentions:
             mask = fused_mask(mask, MASKED)
         hidden_states, attentions, caches = [x], [], []
         for layer, cache in zip(self.layers, call.layers, strict=True):
             run = remat(layer) if self.gradient_checkpointing else layer
-            x, probs, cache = run(x, angles, mask, cache, call.start)
+            x, probs, cache = run(x, turns, mask, cache, call.start)
             hidden_states.append(x)
             attentions.append(probs)
             caches.append(cache)

@@ -40,10 +40,10 @@ def both(q, k, v, visible):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("padding", ["none", "left", "right", "whole row"])
-@pytest.mark.parametrize(("start", "heads"), [(0, (4, 2)), (5, (4, 1)), (0, (2, 2))])
+@pytest.mark.parametrize(("start", "heads"), [(0, (4, 2)), (5, (4, 1)), (0, (2, 2)), (5, (8, 2))])
+@pytest.mark.parametrize("num_queries", [1, 9])
 @torch.no_grad()
-def test_the_sums_are_those_of_the_plain_attention(dtype, padding, start, heads):
-    num_queries = 9
+def test_the_sums_are_those_of_the_plain_attention(dtype, padding, start, heads, num_queries):
     q, k, v = drawn(dtype, num_queries, start + num_queries, heads)
     visible = causal_mask(valid_slots(padding, start + num_queries), start, num_queries)
     found, expected = both(q, k, v, visible)
@@ -82,9 +82,7 @@ def test_the_triangle_is_for_batches_without_padding_only():
         assert bias(padding, start, 9) is not None, (padding, start)
 
 
-def test_a_single_query_another_device_and_dropout_keep_the_plain_attention():
-    single = causal_mask(torch.ones(3, 6, dtype=torch.bool), 5, 1)
-    assert fused_mask(single, MASKED) is single
+def test_another_device_and_dropout_keep_the_plain_attention():
     elsewhere = torch.ones(3, 4, 4, dtype=torch.bool, device="meta")
     assert fused_mask(elsewhere, MASKED) is elsewhere
     q, k, v = drawn(torch.float32, 4, 4)
@@ -117,6 +115,9 @@ def test_a_model_uses_it_unless_the_weights_are_asked_for(monkeypatch):
         plain = lm(ids, output_attentions=True)
         assert not calls
         fused = lm(ids)
-    assert len(calls) == lm.config.num_hidden_layers
+        assert len(calls) == lm.config.num_hidden_layers
+        last = lm(ids[:, 3:], past_key_values=lm(ids[:, :3]).past_key_values)
+    assert len(calls) == 3 * lm.config.num_hidden_layers
+    torch.testing.assert_close(last.logits, plain.logits[:, 3:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(fused.logits, plain.logits, rtol=1e-5, atol=1e-5)
     assert plain.attentions[0].shape == (1, lm.config.num_attention_heads, 4, 4)
