@@ -8,6 +8,7 @@ import pytest
 
 from gemma_hub.errors import CapacityError, InputError, TokenizerError, UnsupportedFeature
 from gemma_hub.generation.loop import generate_ids
+from gemma_hub.generation.prefix import ChatMemory
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.plugins.registry import LoadedBackend
@@ -351,6 +352,26 @@ def test_the_end_of_the_turn_ends_an_answer(lm, tokenizer):
     stopped = [made for made in ends if made.token_ids[-1] in lm.eos_token_ids]
     assert all(made.finish_reason == "stop" for made in stopped)
     assert all("<end_of_turn>" not in made.text for made in ends)
+
+
+def test_a_memory_saves_reading_and_changes_no_answer(rows_model, tokenizer):
+    config = dataclasses.replace(
+        rows_model.config, vocab_size=tokenizer.vocab_size, max_position_embeddings=512
+    )
+    model = type(rows_model)(config)
+    lm = CausalLM(model, config, backend=None, dtype="float32", tokenizer=tokenizer)
+    memory, messages = ChatMemory(), []
+    for question in ("the king", "and the queen", "the king and the queen"):
+        messages.append({"role": "user", "content": question})
+        plain = lm.chat(messages, max_new_tokens=3)
+        model.calls.clear()
+        assert lm.chat(messages, memory=memory, max_new_tokens=3) == plain
+        read = sum(int(call.attention_mask.sum()) for call in model.calls)
+        pieces = lm.stream_chat(messages, memory=memory, max_new_tokens=3)
+        assert "".join(piece.text for piece in pieces) == plain.text
+        messages.append({"role": "assistant", "content": plain.text})
+    assert memory.prefix.token_ids == plain.prompt_token_ids
+    assert read < len(plain.prompt_token_ids), "the earlier turns are not read again"
 
 
 def test_chat_refuses_or_merges_a_system_message(lm, tokenizer):

@@ -189,3 +189,40 @@ def test_a_text_needs_a_tokenizer_and_ids_do_not(lm):
     with pytest.raises(TokenizerError, match="no tokenizer"):
         lm.prefix("the king")
     assert lm.prefix(input_ids=[2, 5]).token_ids == (2, 5)
+
+
+# -- a prefix that goes on from another ------------------------------------------------------------
+
+
+def test_what_an_earlier_prefix_has_read_is_not_read_again(any_model):
+    random = np.random.default_rng(2)
+    for _ in range(25):
+        earlier = random.integers(0, 48, random.integers(1, 12)).tolist()
+        shared = int(random.integers(0, len(earlier) + 1))
+        later = earlier[:shared] + random.integers(0, 48, random.integers(1, 9)).tolist()
+        known = Prefix(any_model, any_model.config, earlier)
+        prefix = Prefix(any_model, any_model.config, later, known)
+        tail = random.integers(0, 48, random.integers(0, 5)).tolist()
+        expected = ids(any_model, [later + tail])
+        assert ids(any_model, [later + tail], prefix=prefix) == expected, (earlier, later, tail)
+        again = ids(any_model, [earlier + tail], prefix=known)
+        assert again == ids(any_model, [earlier + tail]), "the earlier one is as it was"
+
+
+def test_only_the_new_tokens_are_read(rows_model):
+    known = Prefix(rows_model, rows_model.config, FIRST)
+    rows_model.calls.clear()
+    longer = Prefix(rows_model, rows_model.config, [*FIRST, 5, 6], known)
+    assert num_tokens(rows_model.calls) == 2
+    rows_model.calls.clear()
+    Prefix(rows_model, rows_model.config, [*FIRST[:3], 8, 9, 10], longer)
+    assert num_tokens(rows_model.calls) == 2
+
+
+def test_an_earlier_prefix_must_be_the_same_model_s(lm, rows_model):
+    known = lm.prefix(TEXT)
+    with pytest.raises(InputError, match="read by another model"):
+        Prefix(rows_model, rows_model.config, FIRST, known)
+    with pytest.raises(InputError, match="prefix is str"):
+        lm.prefix(TEXT, known=TEXT)
+    assert lm.prefix(TEXT + " ran", known=known).token_ids[:3] == known.token_ids[:3]

@@ -13,6 +13,7 @@ from gemma_hub.cli.console import err, say_error, table, write
 from gemma_hub.cli.conversation import Conversation
 from gemma_hub.cli.generation_options import speed
 from gemma_hub.errors import CapacityError, GemmaHubError, InputError, nearest
+from gemma_hub.generation.prefix import ChatMemory
 
 if TYPE_CHECKING:
     from gemma_hub.tasks.causal_lm import CausalLM
@@ -69,6 +70,7 @@ class ChatSession:
         self._settings = {name: value for name, value in settings.items() if name != "seed"}
         self._read_line = read_line
         self._is_interactive, self._shows_tracebacks = is_interactive, shows_tracebacks
+        self._memory = ChatMemory()
         self._is_over = False
 
     def check(self) -> None:
@@ -120,17 +122,18 @@ class ChatSession:
 
     # -- answers -------------------------------------------------------------------------------
 
-    def _pieces(self, question: str) -> Any:
+    def _pieces(self, question: str, memory: "ChatMemory | None" = None) -> Any:
         settings = self._settings
         if self._seed is not None:
             settings = {**settings, "seed": (self._seed + self.conversation.answers) % _SEEDS}
-        return self._lm.stream_chat(self.conversation.asking(question), system="merge", **settings)
+        asked = self.conversation.asking(question)
+        return self._lm.stream_chat(asked, system="merge", memory=memory, **settings)
 
     def _answer(self, question: str) -> None:
         """Write the answer as it comes, and keep the turn unless it fails."""
         answer, start = _Answer(), time.perf_counter()
         try:
-            for piece in self._pieces(question):
+            for piece in self._pieces(question, self._memory):
                 write(piece.text)
                 answer.text += piece.text
                 answer.tokens += piece.token_id is not None
@@ -199,6 +202,7 @@ class ChatSession:
 
     def _clear(self, _: str) -> None:
         self.conversation.clear()
+        self._memory = ChatMemory()
         self.note("A new conversation.")
 
     def _undo(self, _: str) -> None:

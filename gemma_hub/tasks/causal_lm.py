@@ -14,7 +14,7 @@ from gemma_hub.generation.choosing import Ends, NewToken
 from gemma_hub.generation.drafting import check_draft
 from gemma_hub.generation.loop import GeneratedIds, generate_ids, stream_ids
 from gemma_hub.generation.many import Progress, counted, generate_many_ids
-from gemma_hub.generation.prefix import Prefix
+from gemma_hub.generation.prefix import ChatMemory, Prefix
 from gemma_hub.generation.sampling import log_probabilities
 from gemma_hub.generation.settings import GenerationSettings
 from gemma_hub.generation.stopping import StoppedText
@@ -186,23 +186,28 @@ class CausalLM(LoadedModel):
         total = None if length is None else length * checked.num_return_sequences
         return counted(results, progress, total)
 
-    def prefix(self, text: str | None = None, *, input_ids: Any = None) -> Prefix:
+    def prefix(
+        self, text: str | None = None, *, input_ids: Any = None, known: Prefix | None = None
+    ) -> Prefix:
         """Read a beginning once, for `generate`, `generate_many` and `stream` to go on from.
 
         Args:
             text: the beginning; <bos> is put before it.
             input_ids: instead of `text`: a row of ids, as in input_ids=[2, 5, 9].
+            known: an earlier prefix. What this one has in common with its beginning is not read
+                again, such as the turns before the latest one of a conversation.
 
         Raises:
-            InputError: it is not one of these, or has no token.
+            InputError: it is not one of these, or has no token, or `known` is another model's.
             CapacityError: it is longer than the model's positions.
             TokenizerError: a text is given and the checkpoint has no tokenizer.
         """
         if text is not None and not isinstance(text, str):
             raise InputError(f"A prefix is one text; got {type(text).__name__}.")
+        check_prefix(known)
         rows = None if input_ids is None else [input_ids]
         (ids,) = prompt_ids(self._needed_tokenizer, text, rows, None, None)
-        return Prefix(self.contract, self.config, ids)
+        return Prefix(self.contract, self.config, ids, known)
 
     def stream(
         self, prompt: str | None = None, *, prefix: Prefix | None = None, **settings: Any
@@ -281,6 +286,7 @@ class CausalLM(LoadedModel):
         messages: Sequence[Mapping[str, Any]],
         *,
         system: Literal["refuse", "merge"] = "refuse",
+        memory: ChatMemory | None = None,
         **settings: Any,
     ) -> Generation:
         """The model's answer to a conversation.
@@ -293,6 +299,8 @@ class CausalLM(LoadedModel):
                 message of the user last.
             system: "refuse" a system message, which Gemma does not know, or "merge" it into the
                 first turn of the user.
+            memory: given at every turn of a conversation, it keeps the earlier ones from being
+                read again.
             **settings: as for `generate`. <end_of_turn> ends the answer.
 
         Raises:
@@ -303,7 +311,9 @@ class CausalLM(LoadedModel):
         prompt = self._conversation(messages, system)
         if settings.get("num_return_sequences", 1) != 1:
             raise InputError("num_return_sequences is no setting of a chat: it has one answer.")
-        generation: Generation = self.generate(input_ids=[prompt], **settings)[0]
+        prefix = self._read(prompt, memory)
+        alone = {"input_ids": [prompt]} if prefix is None else {"input_ids": [[]], "prefix": prefix}
+        generation: Generation = self.generate(**alone, **settings)[0]
         return generation
 
     def stream_chat(
@@ -311,12 +321,19 @@ class CausalLM(LoadedModel):
         messages: Sequence[Mapping[str, Any]],
         *,
         system: Literal["refuse", "merge"] = "refuse",
+        memory: ChatMemory | None = None,
         **settings: Any,
     ) -> Iterator[TextPiece]:
         """The answer that `chat` gives, piece by piece as in `stream`."""
         prompt = self._conversation(messages, system)
         checked = self._settings(settings)
-        return self._streamed([prompt], checked)
+        return self._streamed([prompt], checked, self._read(prompt, memory))
+
+    def _read(self, prompt: list[int], memory: ChatMemory | None) -> Prefix | None:
+        if memory is None:
+            return None
+        memory.prefix = Prefix(self.contract, self.config, prompt, memory.prefix)
+        return memory.prefix
 
     def _conversation(self, messages: Any, system: Any) -> list[int]:
         tokenizer = self._needed_tokenizer()

@@ -27,7 +27,7 @@ class ScriptedLM:
         self.asked: list[dict] = []
         self.refuses: Exception | None = None
 
-    def stream_chat(self, messages, *, system="refuse", **settings):
+    def stream_chat(self, messages, *, system="refuse", memory=None, **settings):
         if self.refuses is not None:
             raise self.refuses
         self.asked.append({"messages": messages, "system": system, **settings})
