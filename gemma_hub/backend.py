@@ -20,6 +20,7 @@ from gemma_hub.parameters import Weights
 FEATURES: dict[str, str] = {
     "cache": "init_cache and extend: prefill, chunked prefill and decode",
     "cache_rows": "gather_rows: caches made of the rows of others; extend from a shortened cache",
+    "greedy_steps": "greedy_steps: several steps of greedy decoding in one call",
     "export": "export: the parameters back as Weights, so that any backend can save",
     "gradients": "loss_and_gradients: the loss, and its gradient for every parameter",
     "attentions": "every layer's attention probabilities",
@@ -111,11 +112,7 @@ class Cache:
         batch, new = inputs.shape
         if batch != len(self.valid):
             raise InputError(f"The inputs have {batch} rows and the cache {len(self.valid)}.")
-        if self.length + new > self.capacity:
-            raise CapacityError(
-                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not "
-                "fit. Make a larger one with init_cache(batch_size, max_length)."
-            )
+        self._check_room(new)
         valid = self.valid.copy()
         valid[:, self.length : self.length + new] = inputs.attention_mask
         return valid
@@ -130,6 +127,35 @@ class Cache:
             length=self.length + inputs.shape[1],
             next_position=np.where(latest >= 0, latest + 1, self.next_position),
         )
+
+    def stepped(self, running: np.ndarray, count: int, arrays: Any) -> Self:
+        """The cache after `count` tokens of each running row, one at a time, for `greedy_steps`.
+
+        Args:
+            running: (B,) bool; the other rows had padding in their place.
+            count: of steps, 0 or more.
+            arrays: with these tokens in them.
+
+        Raises:
+            CapacityError: the tokens do not fit.
+        """
+        self._check_room(count)
+        valid = self.valid.copy()
+        valid[:, self.length : self.length + count] = running[:, None]
+        return dataclasses.replace(
+            self,
+            arrays=arrays,
+            valid=valid,
+            length=self.length + count,
+            next_position=np.where(running, self.next_position + count, self.next_position),
+        )
+
+    def _check_room(self, new: int) -> None:
+        if self.length + new > self.capacity:
+            raise CapacityError(
+                f"The cache holds {self.length} of {self.capacity} tokens and {new} more do not "
+                "fit. Make a larger one with init_cache(batch_size, max_length)."
+            )
 
     def shortened(self, counts: np.ndarray) -> Self:
         """The cache without the latest tokens of each row, whose positions must be consecutive.
@@ -228,6 +254,46 @@ class SupportsCacheRows(SupportsCache, Protocol):
         self, caches: Sequence[Cache], rows: Sequence[tuple[int, int]], max_length: int
     ) -> Cache:
         """A new cache made of rows of others, which stay as they are; see `Cache.gathered`."""
+        ...
+
+
+@runtime_checkable
+class SupportsGreedySteps(SupportsCache, Protocol):
+    """The "greedy_steps" feature."""
+
+    def greedy_steps(
+        self,
+        token_ids: np.ndarray,
+        running: np.ndarray,
+        cache: Cache,
+        num_steps: int,
+        stops: Sequence[int],
+    ) -> tuple[np.ndarray, Cache]:
+        """Feed a token of each running row, then the one that it chooses, and so on.
+
+        A step is `extend` with one token a row, where each running row then chooses the largest of
+        its logits, of equal ones that with the lowest id. The call ends with the first step at
+        which a row chooses a stop id.
+
+        A step is not taken if a running row can choose nothing, because its logits hold NaN or
+        +inf, or nothing but -inf. The call ends before it, and the returned cache is that before
+        it, so that `extend` with the same tokens shows the logits.
+
+        Args:
+            token_ids: (B,) int64 ids of the vocabulary, the tokens to feed first.
+            running: (B,) bool. Rows that do not run are fed masked padding.
+            cache: consumed, as by `extend`; the positions of the new tokens are the model's.
+            num_steps: 1 or more, the most steps to take.
+            stops: ids of the vocabulary.
+
+        Returns:
+            (B, n) int64 ids that each step chose, -1 in rows that do not run, and the cache. The
+            last of them have not been fed. n is at most `num_steps`, and 0 only if the first step
+            is not taken; a backend may have a limit of its own.
+
+        Raises:
+            CapacityError: `num_steps` tokens do not fit into the cache.
+        """
         ...
 
 

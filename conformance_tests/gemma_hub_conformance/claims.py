@@ -12,6 +12,7 @@ from gemma_hub.backend import (
     SupportsCacheRows,
     SupportsExport,
     SupportsGradients,
+    SupportsGreedySteps,
     TaskSpec,
 )
 from gemma_hub.errors import GemmaHubError, UnsupportedFeature
@@ -103,6 +104,12 @@ def _cache_rows(model: Model) -> None:
     model.gather_rows([model.init_cache(1, 1)], [(0, 0)], 1)
 
 
+def _greedy_steps(model: Model) -> None:
+    if not isinstance(model, SupportsGreedySteps):
+        raise UnsupportedFeature("greedy_steps", "this one")
+    model.greedy_steps(IDS[0, :1], np.ones(1, np.bool_), model.init_cache(1, 1), 1, ())
+
+
 def _export(model: Model) -> None:
     if not isinstance(model, SupportsExport):
         raise UnsupportedFeature("export", "this one")
@@ -134,11 +141,13 @@ _PROTOCOLS: dict[str, type] = {
     "cache_rows": SupportsCacheRows,
     "export": SupportsExport,
     "gradients": SupportsGradients,
+    "greedy_steps": SupportsGreedySteps,
 }
 
 _CALLS: dict[str, Callable[[Model], None]] = {
     "cache": _cache,
     "cache_rows": _cache_rows,
+    "greedy_steps": _greedy_steps,
     "export": _export,
     "inputs_embeds": _embeds,
     "gradients": _gradients,

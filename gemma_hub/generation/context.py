@@ -9,7 +9,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from gemma_hub.backend import Model, SupportsCache, SupportsCacheRows
+from gemma_hub.backend import Model, SupportsCache, SupportsCacheRows, SupportsGreedySteps
 from gemma_hub.config import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 
@@ -82,6 +82,20 @@ class CachedContext:
             )
             outputs, self._cache = self._model.extend(inputs, self._cache)
         return self._model.to_numpy(outputs.logits)
+
+    @property
+    def takes_greedy_steps(self) -> bool:
+        """Whether `greedy_steps` can be called."""
+        return isinstance(self._model, SupportsGreedySteps)
+
+    def greedy_steps(
+        self, ids: np.ndarray, running: np.ndarray, num_steps: int, stops: Sequence[int]
+    ) -> np.ndarray:
+        """(B, n) ids that the model chose; as `SupportsGreedySteps.greedy_steps`."""
+        assert isinstance(self._model, SupportsGreedySteps)
+        ids = ids.astype(np.int64)
+        chosen, self._cache = self._model.greedy_steps(ids, running, self._cache, num_steps, stops)
+        return chosen
 
     def forget(self, counts: np.ndarray) -> None:
         self._cache = self._cache.shortened(counts)

@@ -1,7 +1,7 @@
 """The generation loop: prompts in, new tokens out, over any backend's model.
 
-It reads the prompts and then feeds one token a row and step. Once half of the rows have ended, the
-others go on without them.
+It reads the prompts and then feeds one token a row and step, or lets the model take several greedy
+steps by itself. Once half of the rows have ended, the others go on without them.
 A row's tokens depend on its prompt, the settings and its index in the request: not on the other
 rows, the padding or the size of the cache.
 """
@@ -14,9 +14,10 @@ import numpy as np
 from gemma_hub.backend import Model
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError
-from gemma_hub.generation.choosing import Chooser, Ends, NewToken
-from gemma_hub.generation.context import Context, can_edit
+from gemma_hub.generation.choosing import Choice, Chooser, Ends, NewToken
+from gemma_hub.generation.context import CachedContext, Context, can_edit
 from gemma_hub.generation.drafting import open_drafter
+from gemma_hub.generation.greedy import GreedyQueue, is_plain
 from gemma_hub.generation.prefix import Prefix
 from gemma_hub.generation.prompt_checks import checked_prompt
 from gemma_hub.generation.prompts import read_prompts
@@ -135,7 +136,7 @@ class Batch:
             rounds_up: make room for a power of two of tokens, so that a batch which others join
                 takes few different sizes.
         """
-        self.can_edit = can_edit(model)
+        self._can_edit = can_edit(model)
         self._model, self._config, self._prefix = model, config, prefix
         self._chooser, self._ends = Chooser.of(settings, config), ends
         self._rounds_up = rounds_up
@@ -143,19 +144,26 @@ class Batch:
         self._held: list[Row] = []  # the rows of the context
         self._runs = np.zeros(0, np.bool_)  # some of them may have ended
         self._logits = np.zeros((0, config.vocab_size), np.float32)
+        self._ahead = GreedyQueue(self._chooser.stops)  # steps that `_logits` has nothing of
 
     @property
     def num_running(self) -> int:
         """Rows that have not ended."""
         return int(self._runs.sum())
 
+    @property
+    def can_change(self) -> bool:
+        """Whether running rows can be joined by others and left by those that have ended, now."""
+        return self._can_edit and not self._ahead
+
     def admit(self, rows: Sequence[Row]) -> None:
         """Read the prompts of `rows`, which run from now on; those that have ended leave.
 
-        Between `advance` and `choose`; while rows run only where they can be edited.
+        Between `advance` and `choose`; while rows run only where `can_change`.
         """
         kept = np.flatnonzero(self._runs)
-        assert self.can_edit or not len(kept)
+        assert self.can_change or not len(kept)
+        self._ahead.clear()
         held = [*(self._held[place] for place in kept), *rows]
         room = self._room(held)
         read = read_prompts(
@@ -181,7 +189,10 @@ class Batch:
     def choose(self) -> Iterator[NewToken]:
         """The next token of each running row, as it is read."""
         places = np.flatnonzero(self._runs)
-        choice = self._chooser.choose(self._logits[places], [self._held[p] for p in places])
+        if self._ahead:
+            choice = Choice(self._ahead.take()[places], None)
+        else:
+            choice = self._chooser.choose(self._logits[places], [self._held[p] for p in places])
         for index, place in enumerate(places):
             token = self._chooser.take(
                 self._held[place],
@@ -195,20 +206,34 @@ class Batch:
     def drop_ended(self) -> None:
         """Go on without the rows that have ended, once they are half, where rows can be edited."""
         kept = np.flatnonzero(self._runs)
-        if self._context is None or not self.can_edit or not 0 < 2 * len(kept) <= len(self._held):
+        if self._context is None or not self.can_change or not 0 < 2 * len(kept) <= len(self._held):
             return
         self._held = [self._held[place] for place in kept]
         places = [(0, int(place)) for place in kept]
         self._context = self._context.gather(places, self._room(self._held))
         self._runs = np.ones(len(kept), np.bool_)
 
-    def advance(self) -> None:
-        """Feed the token that each running row chose last."""
-        if self._context is None or not self._runs.any():
+    def advance(self, *, one_step: bool = False) -> None:
+        """Feed the token that each running row chose last, unless the model went ahead by itself.
+
+        Args:
+            one_step: do not let it go ahead, as the rows are to change after this step.
+        """
+        if self._context is None or self._ahead or not self._runs.any():
             return
         pad = self._config.pad_token_id or 0
         ids = np.where(self._runs, [row.new[-1] for row in self._held], pad)
-        self._logits = self._context.extend(ids[:, None], self._runs[:, None])[:, -1]
+        if not one_step:
+            self._go_ahead(ids)
+        if not self._ahead:  # nor where a row has logits that no token can be chosen from
+            self._logits = self._context.extend(ids[:, None], self._runs[:, None])[:, -1]
+
+    def _go_ahead(self, ids: np.ndarray) -> None:
+        """Let the model choose the next tokens after (B,) `ids`, if it can and they are greedy."""
+        context, settings = self._context, self._chooser.settings
+        if isinstance(context, CachedContext) and context.takes_greedy_steps and is_plain(settings):
+            new = max(len(self._held[place].new) for place in np.flatnonzero(self._runs))
+            self._ahead.fill(context, ids, self._runs, settings.max_new_tokens - new)
 
     def _room(self, rows: list[Row]) -> int:
         """Tokens that a row may come to have until all have ended; the last is never fed."""

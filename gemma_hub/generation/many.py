@@ -96,7 +96,7 @@ def _finished(batch: Batch, waiting: "_Waiting", batch_size: int) -> Iterator[Fi
     def places() -> int:
         """Rows that are to begin now."""
         free = batch_size - batch.num_running
-        if batch.num_running and (not batch.can_edit or free < max(1, batch_size // _SHARE)):
+        if batch.num_running and (not batch.can_change or free < max(1, batch_size // _SHARE)):
             return 0
         ahead = waiting.num_taken - handed_out
         return 0 if waiting.is_empty else min(free, LOOK_AHEAD * batch_size - ahead)
@@ -116,9 +116,10 @@ def _finished(batch: Batch, waiting: "_Waiting", batch_size: int) -> Iterator[Fi
         while handed_out in ended:
             yield ended.pop(handed_out)
             handed_out += 1
-        if not places():
+        will_change = places() > 0
+        if not will_change:
             batch.drop_ended()
-        batch.advance()
+        batch.advance(one_step=will_change)
     if waiting.error is not None:
         raise waiting.error
 

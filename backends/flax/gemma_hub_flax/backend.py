@@ -15,7 +15,7 @@ from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
-from gemma_hub_flax import model
+from gemma_hub_flax import fast_greedy, model
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, check_fits, gathered
 from gemma_hub_flax.compile_programs import Programs
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
@@ -129,6 +129,20 @@ class FlaxModel:
         ]
         arrays = dataclasses.replace(caches[0].arrays, layers=tuple(layers))
         return dataclasses.replace(cache, arrays=arrays)
+
+    def greedy_steps(
+        self,
+        token_ids: np.ndarray,
+        running: np.ndarray,
+        cache: Cache,
+        num_steps: int,
+        stops: Sequence[int],
+    ) -> tuple[np.ndarray, Cache]:
+        """Up to `MOST_STEPS` greedy steps in one call; consumes the cache's arrays.
+
+        See `gemma_hub.backend.SupportsGreedySteps`.
+        """
+        return fast_greedy.taken(*self._state(), cache, token_ids, running, num_steps, stops)
 
     def loss_and_gradients(self, inputs: ModelInputs) -> tuple[float, dict[str, Array]]:
         """The loss of `inputs.labels` without dropout, and its gradient by every parameter.

@@ -12,7 +12,15 @@ def gemma_hub_backends() -> list[BackendSpec]:
             api_version="1.0",
             factory="gemma_hub_flax.backend:FlaxBackend",
             features=frozenset(
-                {"attentions", "cache", "cache_rows", "export", "gradients", "inputs_embeds"}
+                {
+                    "attentions",
+                    "cache",
+                    "cache_rows",
+                    "export",
+                    "gradients",
+                    "greedy_steps",
+                    "inputs_embeds",
+                }
             ),
             tasks=("base", "causal_lm", "sequence_classification", "token_classification"),
             dtypes=("float32", "bfloat16", "float16"),

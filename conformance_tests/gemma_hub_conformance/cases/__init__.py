@@ -9,6 +9,7 @@ from gemma_hub_conformance.cases import (
     forward,
     generation,
     gradients,
+    greedy_steps,
     head_contract,
     heads,
     honesty,
@@ -41,6 +42,7 @@ def all_cases() -> dict[str, CaseSpec]:
         cache_rows,
         narrow,
         generation,
+        greedy_steps,
         sampling,
         combinations,
     )

@@ -1,6 +1,6 @@
 """A model that notes what it is called with, so that a failing call can be made again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -61,6 +61,7 @@ class _Watched:
         self._fed: dict[int, _Fed] = {}
         wrapped: dict[str, Callable[..., Any]] = {
             "extend": self._extend,
+            "greedy_steps": self._greedy_steps,
             "loss_and_gradients": self._loss_and_gradients,
         }
         # Set only where the model has them: the cases ask for features by what a model has.
@@ -81,13 +82,46 @@ class _Watched:
         return self._model.loss_and_gradients(inputs)
 
     def _extend(self, inputs: ModelInputs, cache: Cache) -> tuple[ModelOutputs, Cache]:
+        fed = self._note_cached([inputs], cache)
+        outputs, cache = self._model.extend(inputs, cache)
+        self._fed[id(cache)] = replace(fed, cache=cache)
+        return outputs, cache
+
+    def _greedy_steps(
+        self,
+        token_ids: np.ndarray,
+        running: np.ndarray,
+        cache: Cache,
+        num_steps: int,
+        stops: Sequence[int],
+    ) -> tuple[np.ndarray, Cache]:
+        def steps(columns: Sequence[np.ndarray]) -> list[ModelInputs]:
+            """The calls of `extend` that would feed these (B,) ids, one after the other."""
+            return [
+                ModelInputs.prepare(
+                    self._checkpoint.config,
+                    np.where(running, column, token_ids)[:, None],
+                    running[:, None],
+                    logits_to_keep=1,
+                    next_position=cache.next_position + step,
+                )
+                for step, column in enumerate(columns)
+            ]
+
+        fed = self._note_cached(steps([token_ids]), cache)  # in case it raises
+        chosen, after = self._model.greedy_steps(token_ids, running, cache, num_steps, stops)
+        if chosen.shape[1]:
+            fed = self._note_cached(steps([token_ids, *chosen.T[:-1]]), cache)
+            self._fed[id(after)] = replace(fed, cache=after)
+        return chosen, after
+
+    def _note_cached(self, calls: list[ModelInputs], cache: Cache) -> _Fed:
+        """Note calls that go on from `cache`; what it has been fed with once they are made."""
         before = self._fed.get(id(cache)) or _Fed(cache, [], len(self._inputs))
-        calls = [*before.calls, inputs]
+        calls = [*before.calls, *calls]
         asked = tuple(dict.fromkeys(name for each in calls for name in asked_of(each)))
         self._note(calls, asked, before.place, tuple(each.shape[1] for each in calls))
-        outputs, cache = self._model.extend(inputs, cache)
-        self._fed[id(cache)] = _Fed(cache, calls, before.place)
-        return outputs, cache
+        return _Fed(cache, calls, before.place)
 
     def _note(
         self,

@@ -9,6 +9,7 @@ from gemma_hub_conformance.mutants import (
     embedding,
     feed_forward,
     gradients,
+    greedy_steps,
     heads,
     honesty,
     losses,
@@ -39,6 +40,7 @@ def all_mutants() -> dict[str, Mutant]:
         unseen_training,
         surviving,
         cache_rows,
+        greedy_steps,
     )
     found = [mutant for module in (*modules, catalogued, *unseen) for mutant in module.bank.mutants]
     by_name = {mutant.name: mutant for mutant in found}

@@ -20,8 +20,8 @@ from gemma_hub_conformance.spec import Subject
 from gemma_hub_numpy.backend import NumpyBackend, NumpyModel
 from gemma_hub_numpy.model import Reference
 
-FEATURES = frozenset({"attentions", "cache", "cache_rows", "export", "gradients", "inputs_embeds",
-                      "sliding_window", "softcap"})  # fmt: skip
+FEATURES = frozenset({"attentions", "cache", "cache_rows", "export", "gradients", "greedy_steps",
+                      "inputs_embeds", "sliding_window", "softcap"})  # fmt: skip
 TASKS = ("base", "causal_lm", "sequence_classification", "token_classification")
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -90,6 +90,33 @@ class NumpyModel:
         ]
         return dataclasses.replace(cache, arrays=arrays)
 
+    def greedy_steps(
+        self,
+        token_ids: np.ndarray,
+        running: np.ndarray,
+        cache: Cache,
+        num_steps: int,
+        stops: Sequence[int],
+    ) -> tuple[np.ndarray, Cache]:
+        cache.stepped(running, num_steps, None)  # raises if there is no room
+        chosen: list[np.ndarray] = []
+        ids = token_ids
+        while len(chosen) < num_steps and not np.isin(ids[running], stops if chosen else ()).any():
+            inputs = ModelInputs.prepare(
+                self.native.config,
+                ids[:, None],
+                running[:, None],
+                logits_to_keep=1,
+                next_position=cache.next_position,
+            )
+            outputs, after = self.extend(inputs, cache)
+            logits = self.to_numpy(outputs.logits)[:, -1]
+            if not np.isfinite(logits[running].max(axis=1)).all():
+                break  # `cache` is as it was; the slot behind its end does not count
+            ids, cache = np.where(running, logits.argmax(axis=1), token_ids), after
+            chosen.append(np.where(running, ids, -1))
+        return np.array(chosen, np.int64).reshape(-1, len(running)).T, cache
+
     def export(self) -> Weights:
         return self.native.weights
 

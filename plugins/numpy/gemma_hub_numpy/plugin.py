@@ -18,6 +18,7 @@ def gemma_hub_backends() -> list[BackendSpec]:
                     "cache_rows",
                     "export",
                     "gradients",
+                    "greedy_steps",
                     "inputs_embeds",
                     "sliding_window",
                     "softcap",
