@@ -39,6 +39,7 @@ _PROMISES = {
     "forward": ("device", "forward", "native", "to_numpy"),
     "cache": ("extend", "init_cache"),
     "cache_rows": ("gather_rows",),
+    "greedy_steps": ("greedy_steps",),
     "export": ("export",),
     "gradients": ("loss_and_gradients",),
 }
@@ -58,6 +59,7 @@ class Gemma:
         allow_unknown: Sequence[str] = (),
         *,
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> CausalLM: ...
     @overload
     @staticmethod
@@ -70,6 +72,7 @@ class Gemma:
         device: str = "auto",
         allow_unknown: Sequence[str] = (),
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> BaseModel: ...
     @overload
     @staticmethod
@@ -85,6 +88,7 @@ class Gemma:
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> SequenceClassifier: ...
     @overload
     @staticmethod
@@ -100,6 +104,7 @@ class Gemma:
         id2label: Mapping[int, str] | None = None,
         seed: int = 0,
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> TokenClassifier: ...
     @overload
     @staticmethod
@@ -115,6 +120,7 @@ class Gemma:
         seed: int = 0,
         *,
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> LoadedModel: ...
 
     @staticmethod
@@ -130,6 +136,7 @@ class Gemma:
         seed: int = 0,
         *,
         verify: bool = False,
+        backend_options: Mapping[str, Any] | None = None,
     ) -> LoadedModel:
         """A checkpoint, built on a backend.
 
@@ -151,6 +158,8 @@ class Gemma:
             seed: of a new head, which is the same for every backend.
             verify: compute the probe beside the weights again, and refuse a model that differs
                 from it by more than rounding. `verification` of what is returned has the figures.
+            backend_options: options that this one backend has, by its own names, such as
+                {"pack_weights": True} of torch.
 
         Returns:
             A CausalLM, BaseModel, SequenceClassifier or TokenClassifier.
@@ -163,10 +172,12 @@ class Gemma:
             BackendNotFoundError, PluginError: there is no such backend, or it does not load.
             UnsupportedFeature: the backend lacks the task, the dtype or something that the config
                 needs.
-            InputError: the task, the dtype or the device is no known name, or the labels are wrong.
+            InputError: the task, the dtype or the device is no known name, the labels are wrong, or
+                the backend does not have such an option or not with such a value.
         """
         check_name("task", task, TASKS)
         check_name("dtype", dtype, ("auto", *DTYPES))
+        options = _checked_options(backend_options)
         num_labels = _number_of_labels(task, num_labels, id2label)
         checkpoint, files = open_for_task(
             resolved(source), task, tuple(allow_unknown), num_labels=num_labels, seed=seed
@@ -178,7 +189,10 @@ class Gemma:
         dtype = checkpoint.dtype if dtype == "auto" else dtype
         _check_support(loaded, config, task, dtype)
         model = loaded.backend.build(
-            config, TaskSpec(task), checkpoint.weights, BuildOptions(dtype=dtype, device=device)
+            config,
+            TaskSpec(task),
+            checkpoint.weights,
+            BuildOptions(dtype=dtype, device=device, extra=options),
         )
         _check_contract(loaded, model)
         ends = {"eos_token_ids": checkpoint.eos_token_ids} if task == "causal_lm" else {}
@@ -221,6 +235,21 @@ def _tokenizer(files: Mapping[str, Path]) -> TokenizerInterface | None:
             path = files[name]
             return open_tokenizer(path.parent if path.name == name else path)
     return None
+
+
+def _checked_options(options: Any) -> dict[str, Any]:
+    """A copy of `backend_options`; which there are is the backend's to say.
+
+    Raises:
+        InputError: they are no mapping of names.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise InputError(
+            f'backend_options is {options!r}; expected names with values: {{"pack_weights": True}}.'
+        )
+    return dict(options)
 
 
 def _number_of_labels(task: str, num_labels: int | None, id2label: Any) -> int | None:

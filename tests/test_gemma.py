@@ -163,6 +163,21 @@ def test_options_reach_the_backend(backend, checkpoint):
     lm = gemma_hub.Gemma.load(checkpoint, "fake-dist:fake", dtype="float32", device="fake:0")
     options = backend.built[0][3]
     assert (options.dtype, options.device, lm.dtype) == ("float32", "fake:0", "float32")
+    assert options.extra == {}
+
+
+def test_options_of_the_backend_s_own_reach_it(backend, checkpoint):
+    own = {"pack_weights": True}
+    gemma_hub.Gemma.load(checkpoint, backend_options=own)
+    own["pack_weights"] = False
+    assert backend.built[0][3].extra == {"pack_weights": True}
+
+
+@pytest.mark.parametrize("own", [["pack_weights"], "pack_weights", True, {1: True}])
+def test_options_of_the_backend_s_own_have_names(backend, checkpoint, own):
+    with pytest.raises(InputError, match="expected names with values"):
+        gemma_hub.Gemma.load(checkpoint, backend_options=own)
+    assert backend.built == []
 
 
 def test_unknown_config_keys_can_be_allowed(backend, checkpoint):

@@ -61,7 +61,7 @@ DIALECT = [
         "",
     ),
     # torch has a kernel that needs no weights in memory; XLA leaves out what nobody reads.
-    ("import MASKED, Mask, attend,", "", "import attend,"),
+    ("import MASKED, Mask, Rope, attend,", "", "import Rope, attend,"),
     ("from BACKEND.fast_attention import fused_mask\n", "", ""),
     (
         "from BACKEND.fast_attention import FusedMask, fused_attend\nMask = ARRAY | FusedMask\n",

@@ -20,6 +20,7 @@ def load(request: dict[str, Any]) -> Any:
         backend=request["backend"],
         dtype=request["dtype"],
         device=request["device"],
+        backend_options=request["backend_options"],
     )
 
     def generate(ids: np.ndarray, new: int) -> list[tuple[int, ...]]:

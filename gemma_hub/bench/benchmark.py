@@ -48,6 +48,11 @@ def run_bench(
         )
     if len(set(backends)) < len(backends) or len(set(peers)) < len(peers):
         raise InputError("A backend or a peer is named twice. Name each once.")
+    if settings.backend_options and len(backends) != 1:
+        raise InputError(
+            f"--option is for one backend and there are {len(backends)}: {', '.join(backends)}. "
+            "Measure one with --backend."
+        )
     table = read_peers(peers_dir) if peers or (peers_dir / TABLE).is_file() else {}
     others = chosen(table, peers)
     _check_backends(backends)

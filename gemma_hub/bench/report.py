@@ -188,8 +188,10 @@ class BenchReport:
         return rows
 
     def notes(self) -> list[str]:
-        """What failed and why, and the limits, a line each."""
+        """What failed and why, the options of the backend and the limits, a line each."""
         notes = [f"{s.name} {s.dtype}: {s.error}" for s in self.subjects if s.error]
+        given = self.settings.backend_options.items()
+        notes += [f"option {name}={value}" for name, value in given]
         words = {"read_bytes_per_s": "reads {:.1f} GB/s", "matmul_flop_per_s": "{:.0f} GFLOP/s"}
         for dtype in self.settings.dtypes:
             limits = self.limits(dtype)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +39,7 @@ class Settings:
         new: tokens that are decoded after the first.
         rounds: processes for each configuration.
         repeats: timed runs in each process.
+        backend_options: of the only backend.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16",)
@@ -48,6 +49,7 @@ class Settings:
     new: int = 64
     rounds: int = 3
     repeats: int = 3
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self, config: GemmaConfig) -> None:
         """Raise an InputError if a setting is wrong for a model."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_hub.cli import texts
 from gemma_hub.cli.console import out, progress_bar, show_table, table
 from gemma_hub.cli.files import checked_file, write_text
 from gemma_hub.errors import InputError
@@ -34,6 +35,7 @@ def bench(
         typer.Option(help="Compute type; may be given again.", show_default="bfloat16"),
     ] = None,
     device: Annotated[str, typer.Option(help="Of the backends, in their words.")] = "auto",
+    option: texts.Option = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(help="Rows to decode at once; may be given again.", show_default="1, 8"),
@@ -72,6 +74,7 @@ def bench(
         new=new,
         rounds=rounds,
         repeats=repeats,
+        backend_options=texts.backend_options(option),
     )
     with progress_bar() as progress:
         report = run_bench(

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,9 +11,8 @@ from gemma_hub.cli import generation_options as options
 from gemma_hub.cli import texts
 from gemma_hub.cli.chat_input import ReadLine
 from gemma_hub.cli.chat_session import ChatSession
-from gemma_hub.cli.console import err, waiting
+from gemma_hub.cli.console import err
 from gemma_hub.cli.conversation import Conversation
-from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.tasks.causal_lm import CausalLM
@@ -33,6 +32,7 @@ def chat(
     backend: texts.Backend = None,
     dtype: texts.Dtype = "auto",
     device: texts.Device = "auto",
+    option: texts.Option = None,
     system: Annotated[
         str | None, typer.Option(help="Text that goes before your first message.")
     ] = None,
@@ -58,11 +58,9 @@ def chat(
     """Talk with a model: /help lists the commands. In a pipe: an answer to each line."""
     # Checked before the model is loaded.
     settings = options.chosen_settings(context)
-    path = local_source(source)
-    with waiting(f"Loading {source}"):
-        from gemma_hub.gemma import Gemma
-
-        lm = Gemma.load(path, backend=backend, dtype=dtype, device=device)
+    backend_options = texts.backend_options(option)
+    model = texts.loaded(source, "causal_lm", backend, dtype, device, backend_options)
+    lm = cast("CausalLM", model)
     _choose_template(lm, source, turns)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     session = ChatSession(

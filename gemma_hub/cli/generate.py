@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.text import Text
@@ -13,7 +13,6 @@ from rich.text import Text
 from gemma_hub.cli import generation_options as options
 from gemma_hub.cli import texts
 from gemma_hub.cli.console import err, out, waiting, write
-from gemma_hub.cli.sources import local_source
 
 if TYPE_CHECKING:
     from gemma_hub.generation.settings import GenerationSettings
@@ -28,6 +27,7 @@ def generate(
     backend: texts.Backend = None,
     dtype: texts.Dtype = "auto",
     device: texts.Device = "auto",
+    option: texts.Option = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -62,12 +62,13 @@ def generate(
         raise typer.BadParameter("The text of a beam search comes at its end; leave out --stream.")
     if draft_source and prompt_lookup:
         raise typer.BadParameter("Give one of --draft and --prompt-lookup.")
+    backend_options = texts.backend_options(option)
     if prompt == "-":
         prompt = sys.stdin.read()
-    lm = _loaded(source, backend, dtype, device)
+    lm = _loaded(source, backend, dtype, device, backend_options)
     keywords = options.as_keywords(settings)
     if draft_source is not None:
-        keywords["draft"] = _loaded(draft_source, backend, dtype, device)
+        keywords["draft"] = _loaded(draft_source, backend, dtype, device, backend_options)
     if as_json:
         _write_json(lm, source, prompt, settings, keywords, draft_source)
         return
@@ -87,12 +88,10 @@ def generate(
     _say_how(lm, settings, count, time.perf_counter() - start)
 
 
-def _loaded(source: str, backend: str | None, dtype: str, device: str) -> "CausalLM":
-    path = local_source(source)
-    with waiting(f"Loading {source}"):
-        from gemma_hub.gemma import Gemma
-
-        return Gemma.load(path, backend=backend, dtype=dtype, device=device)
+def _loaded(
+    source: str, backend: str | None, dtype: str, device: str, options: dict[str, Any]
+) -> "CausalLM":
+    return cast("CausalLM", texts.loaded(source, "causal_lm", backend, dtype, device, options))
 
 
 def _write_prompt(prompt: str) -> None:

@@ -45,6 +45,7 @@ def generate_many(
     backend: texts.Backend = None,
     dtype: texts.Dtype = "auto",
     device: texts.Device = "auto",
+    option: texts.Option = None,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = None,
@@ -62,12 +63,14 @@ def generate_many(
 ) -> None:
     """Continue every prompt of a file: writes a JSON object on a line for each, in their order."""
     settings = options.chosen_settings(context)
+    backend_options = texts.backend_options(option)
     path = None if file == "-" else Path(file)
     _check_output(output, path)
     lines = PromptFile(path, jsonl if jsonl is not None else file.endswith(".jsonl"))
     # A file is read before the model is, so that a wrong line is found first.
     read = lines.read() if lines.is_stream else list(lines.read())
-    lm = cast("CausalLM", texts.loaded(source, "causal_lm", backend, dtype, device))
+    model = texts.loaded(source, "causal_lm", backend, dtype, device, backend_options)
+    lm = cast("CausalLM", model)
     prompts: Iterable[Prompt] = lines.checked(read, lm, settings.max_new_tokens)
     if not lines.is_stream:
         with waiting(f"Checking {file}"):

@@ -1,8 +1,9 @@
 """What `classify`, `tag` and `score` share: their arguments, how they load, and their JSON."""
 
 import json
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,13 @@ Backend = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Compute type; auto is the checkpoint's own.")]
 Device = Annotated[str, typer.Option(help="Device, in the framework's words.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Option of the backend: true, false, a number or a text; may be given several times.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object with every number.")]
 
 
@@ -33,13 +41,50 @@ def read_texts(texts: Iterable[str]) -> list[str]:
     return read
 
 
-def loaded(source: str, task: str, backend: str | None, dtype: str, device: str) -> "LoadedModel":
+def backend_options(given: Iterable[str] | None) -> dict[str, Any]:
+    """The values of `--option`, by their names.
+
+    Raises:
+        BadParameter: there is no name or no value, or a name comes twice.
+    """
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"--option {text!r} is no NAME=VALUE, such as compile=true.")
+        if name in options:
+            raise typer.BadParameter(f"--option {name} is given twice.")
+        options[name] = _option_value(value)
+    return options
+
+
+def _option_value(text: str) -> bool | int | str:
+    if text in {"true", "false"}:
+        return text == "true"
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
+def loaded(
+    source: str,
+    task: str,
+    backend: str | None,
+    dtype: str,
+    device: str,
+    options: Mapping[str, Any] | None = None,
+) -> "LoadedModel":
     """The model of `source` for a task, behind a spinner."""
     path = local_source(source)
     with waiting(f"Loading {source}"):
         from gemma_hub.gemma import Gemma
 
-        return Gemma.load(path, backend=backend, task=task, dtype=dtype, device=device)
+        return Gemma.load(
+            path,
+            backend=backend,
+            task=task,
+            dtype=dtype,
+            device=device,
+            backend_options=options,
+        )
 
 
 def write_row(*cells: object) -> None:

@@ -406,11 +406,12 @@ def test_every_option_reaches_the_model(cli, loads):
         "--max-new-tokens", "5", "--temperature", "0.5", "--top-k", "9", "--top-p", "0.9",
         "--min-p", "0.1", "--typical-p", "0.9", "--repetition-penalty", "1.2",
         "--no-repeat-ngram-size", "3", "--min-new-tokens", "2", "--stop", "a", "--stop", "b",
-        "--seed", "11", "--system", "Be brief.", input="Hi\n",
+        "--seed", "11", "--system", "Be brief.", "--option", "compile=false", input="Hi\n",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert lm.loaded == {
-        "source": "tiny", "backend": "flax", "dtype": "bfloat16", "device": "cpu",
+        "source": "tiny", "task": "causal_lm", "backend": "flax", "dtype": "bfloat16",
+        "device": "cpu", "backend_options": {"compile": False},
     }  # fmt: skip
     assert lm.questions[1] == ["Be brief.", "Hi"]
     assert {k: v for k, v in lm.asked[1].items() if k not in ("messages", "system")} == {

@@ -16,7 +16,10 @@ def test_it_prints_the_prompt_and_the_text_and_nothing_else(cli, fake_lm):
     assert result.exit_code == 0
     assert result.stdout == f"Once upon a time, {TEXT}\n"
     assert result.stderr == ""
-    assert fake_lm.loaded == {"source": "tiny", "backend": None, "dtype": "auto", "device": "auto"}
+    assert fake_lm.loaded == {
+        "source": "tiny", "task": "causal_lm", "backend": None, "dtype": "auto", "device": "auto",
+        "backend_options": {},
+    }  # fmt: skip
 
 
 def test_a_long_line_is_not_wrapped(cli, fake_lm):
@@ -40,16 +43,36 @@ def test_every_option_reaches_the_model(cli, fake_lm):
     cli(
         "generate", "tiny", "Once", "--backend", "flax", "--dtype", "bfloat16", "--device", "cpu",
         "--max-new-tokens", "5", "--temperature", "0.5", "--top-k", "9", "--top-p", "0.9",
-        "--seed", "11",
+        "--seed", "11", "--option", "compile=true", "--option", "depth=-3", "--option", "path=a=1",
     )  # fmt: skip
     assert fake_lm.loaded == {
-        "source": "tiny", "backend": "flax", "dtype": "bfloat16", "device": "cpu",
+        "source": "tiny", "task": "causal_lm", "backend": "flax", "dtype": "bfloat16",
+        "device": "cpu", "backend_options": {"compile": True, "depth": -3, "path": "a=1"},
     }  # fmt: skip
     asked = {name: value for name, value in fake_lm.asked[0].items() if value is not False}
     assert asked == {
         "prompt": "Once", "max_new_tokens": 5, "temperature": 0.5, "top_k": 9, "top_p": 0.9,
         "seed": 11,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["compile"], "'compile' is no NAME=VALUE"),
+        (["=true"], "'=true' is no NAME=VALUE"),
+        (["compile="], "'compile=' is no NAME=VALUE"),
+        (["compile=true", "compile=false"], "compile is given twice"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "generate-many", "chat"])
+def test_an_option_of_the_backend_has_a_name_and_a_value(cli, fake_lm, command, given, words):
+    arguments = [] if command == "chat" else ["-"]
+    options = [word for text in given for word in ("--option", text)]
+    result = cli(command, "tiny", *arguments, *options, input="")
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+    assert fake_lm.sources == []
 
 
 def test_the_rules_are_options(cli, fake_lm):
@@ -84,10 +107,14 @@ def test_drafts_are_options(cli, fake_lm):
 
 @pytest.mark.parametrize("how", ["--stream", "--no-stream", "--json"])
 def test_the_draft_is_loaded_like_the_model(cli, fake_lm, how):
-    result = cli("generate", "tiny", "Once", "--draft", "small", "--dtype", "bfloat16", how)
+    result = cli(
+        "generate", "tiny", "Once", "--draft", "small", "--dtype", "bfloat16", "--option",
+        "pack_weights=true", how,
+    )  # fmt: skip
     assert fake_lm.sources == ["tiny", "small"]
     assert fake_lm.loaded == {
-        "source": "small", "backend": None, "dtype": "bfloat16", "device": "auto",
+        "source": "small", "task": "causal_lm", "backend": None, "dtype": "bfloat16",
+        "device": "auto", "backend_options": {"pack_weights": True},
     }  # fmt: skip
     assert fake_lm.asked[0]["draft"] is fake_lm
     if how == "--json":

@@ -57,10 +57,12 @@ def test_options_reach_the_model(cli, model, command, task):
     assert cli(command, "tiny", "one").exit_code == 0
     assert model.loaded == {
         "source": "tiny", "task": task, "backend": None, "dtype": "auto", "device": "auto",
+        "backend_options": None,
     }  # fmt: skip
     cli(command, "tiny", "one", "--backend", "flax", "--dtype", "bfloat16", "--device", "cpu")
     assert model.loaded == {
         "source": "tiny", "task": task, "backend": "flax", "dtype": "bfloat16", "device": "cpu",
+        "backend_options": None,
     }  # fmt: skip
 
 

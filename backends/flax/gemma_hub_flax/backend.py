@@ -74,7 +74,10 @@ def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) ->
         raise UnsupportedFeature(feature, "flax", "It runs first-generation Gemma.")
     check_dtype(options.dtype)
     if options.extra:
-        raise InputError(f"The flax backend has no options; got {', '.join(options.extra)}.")
+        raise InputError(
+            f"The flax backend has no options and got {', '.join(options.extra)}. Leave "
+            "backend_options (--option) out."
+        )
 
 
 def check_has_loss(task: str, inputs: ModelInputs) -> None:

@@ -18,6 +18,9 @@ from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_torch import model
 from gemma_hub_torch.cache import KeyValueCache, check_fits, gathered
 from gemma_hub_torch.devices import device_names, find_device
+from gemma_hub_torch.fast_compile import compiled_step, is_step, step_arguments
+from gemma_hub_torch.fast_linear import pack_weights
+from gemma_hub_torch.fast_options import TorchOptions
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
 
 CLASSES: dict[str, Any] = {
@@ -49,9 +52,13 @@ class TorchBackend:
             CheckpointError: parameters are missing or have the wrong shape.
         """
         check_request(config, task, options)
+        chosen = TorchOptions.read(options.extra)
         check_weights(config, task.name, weights)
         device = find_device(options.device)
-        return TorchModel(build_module(CLASSES[task.name], config, weights, options.dtype, device))
+        module = build_module(CLASSES[task.name], config, weights, options.dtype, device)
+        if chosen.pack_weights:
+            pack_weights(module)
+        return TorchModel(module, compiles=chosen.compile)
 
 
 def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) -> None:
@@ -61,8 +68,6 @@ def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) ->
     for feature in config.required_features:
         raise UnsupportedFeature(feature, "torch", "It runs first-generation Gemma.")
     check_dtype(options.dtype)
-    if options.extra:
-        raise InputError(f"The torch backend has no options; got {', '.join(options.extra)}.")
 
 
 def check_has_loss(task: str, inputs: ModelInputs) -> None:
@@ -81,8 +86,9 @@ class TorchModel:
         device: such as "cpu" or "cuda:0".
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, compiles: bool = False) -> None:
         self.native = module
+        self._step = compiled_step(module) if compiles else None
         weight = getattr(module, "model", module).embed_tokens.weight
         self.device, self.dtype = str(weight.device), weight.dtype
 
@@ -103,7 +109,10 @@ class TorchModel:
         cache.admit(inputs)
         past = self._past(cache)
         with _without_dropout(self.native):
-            out = self.native(**self._arguments(inputs), past_key_values=past)
+            if self._step is not None and is_step(inputs, past):
+                out = self._step(**step_arguments(self._arguments(inputs), past))
+            else:
+                out = self.native(**self._arguments(inputs), past_key_values=past)
         return self._outputs(out), cache.advanced(inputs, out.past_key_values)
 
     @torch.no_grad()

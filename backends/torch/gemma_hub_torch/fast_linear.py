@@ -4,7 +4,8 @@ PyTorch gives every bfloat16 product to oneDNN, whose blocked kernels are for ma
 multiplies a few: one per text. Then a product takes as long as reading its weight takes, and
 oneDNN reads a row-major weight at half the memory's speed. Two ways out:
 
-- `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row;
+- `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row, or the one that
+  torch.compile makes, in float32 too;
 - `pack_weights`: weights in oneDNN's blocked layout, for inference with any number of rows.
 
 Sums are in float32 and rounded once, as in the plain product, in another order.
@@ -56,27 +57,41 @@ _onednn_off = _OneDNNOff()
 def is_one_row(x: Tensor, weight: Tensor) -> bool:
     """Whether `one_row_linear` is for x (..., in) times weight (out, in).
 
-    Not where a gradient may be asked for or a graph is recorded, and not for subclasses of tensors,
-    which may know F.linear only.
+    Not where a gradient may be asked for, or a graph is recorded other than by torch.compile, and
+    not for subclasses of tensors, which may know F.linear only.
     """
+    compiles = torch.compiler.is_dynamo_compiling()
     return (
-        x.dtype == torch.bfloat16
+        (x.dtype == torch.bfloat16 or (compiles and x.dtype == torch.float32))
         and x.numel() == weight.shape[1]
         and x.device.type == "cpu"
         and _HAS_WIDE_VECTORS
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and (compiles or not torch.compiler.is_compiling())
     )
 
 
 def one_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (1, ..., 1, in) times weight (out, in), plus bias."""
-    with _onednn_off:
-        y = torch.mv(weight, x.reshape(-1))
+    if torch.compiler.is_compiling():
+        y = _compiled_product(weight, x.reshape(-1))
+    else:
+        with _onednn_off:
+            y = torch.mv(weight, x.reshape(-1))
     if bias is not None:
         y += bias
     return y.reshape(*x.shape[:-1], -1)
+
+
+def _compiled_product(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (out, in) times x (in,), as torch.compile fuses it: nothing of weight's size is kept.
+
+    Its loop reads the weight as fast as the kernel does, and faster than the products of float32
+    that PyTorch calls.
+    """
+    product = weight.to(torch.float32) * x.to(torch.float32)
+    return product.sum(-1).to(x.dtype)
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -150,6 +150,32 @@ def test_one_new_token_takes_it_for_every_matrix(calls: dict[str, int]) -> None:
     assert calls["one_row_linear"] == 7 * CONFIG.num_hidden_layers + 1  # and the head
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_torch_compile_gets_one_row_as_a_sum_that_it_can_fuse(
+    dtype: torch.dtype, has_bias: bool, calls: dict[str, int]
+) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compiler.reset()
+    weight, x = draw(64, 512, dtype=dtype), draw(1, 1, 512, dtype=dtype)
+    bias = draw(64, dtype=dtype) if has_bias else None
+    y = torch.compile(linear, backend=backend, fullgraph=True)(x, weight, bias)
+    assert ".sum(" in graphs[0]
+    assert "linear" not in graphs[0]
+    if has_bias:
+        torch.testing.assert_close(y, F.linear(x, weight, bias))
+    else:
+        assert_exact_but_for_one_rounding(y, x, weight)
+    torch.compile(linear, backend=backend, fullgraph=True)(x.repeat(1, 2, 1), weight, bias)
+    assert "linear" in graphs[1]
+
+
 def test_onednn_is_on_again_after_an_error() -> None:
     with torch.no_grad(), pytest.raises(RuntimeError):
         fast_linear.one_row_linear(draw(1, 3), draw(5, 4), None)
