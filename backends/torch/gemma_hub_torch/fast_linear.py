@@ -1,11 +1,13 @@
 """Matrix products on the CPU by kernels that `torch.nn.functional.linear` does not choose.
 
-PyTorch gives every bfloat16 product to oneDNN, whose blocked kernels are for many rows. Generation
-multiplies a few: one per text. Then a product takes as long as reading its weight takes, and
-oneDNN reads a row-major weight at half the memory's speed. Two ways out:
+PyTorch gives every bfloat16 product to oneDNN, whose blocked kernels are for many rows, and every
+float32 one to MKL. Generation multiplies few rows: one per text. Then a product takes as long as
+reading its weight takes, and both read a row-major weight at half the memory's speed or less. Three
+ways out:
 
 - `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row, or the one that
   torch.compile makes, in float32 too;
+- `onednn_linear`: oneDNN for float32 too, where there are several rows;
 - `pack_weights`: weights in oneDNN's blocked layout, for inference with any number of rows.
 
 Sums are in float32 and rounded once, as in the plain product, in another order.
@@ -94,6 +96,29 @@ def _compiled_product(weight: Tensor, x: Tensor) -> Tensor:
     return product.sum(-1).to(x.dtype)
 
 
+def is_float32_inference(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn_linear` is for x (..., in) times weight (out, in): several rows, no gradient.
+
+    Not with one row, for which MKL is as quick on some processors.
+    """
+    return (
+        x.dtype == torch.float32
+        and x.numel() > weight.shape[1]
+        and x.device.type == "cpu"
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias; no gradient."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) times a packed weight (out, in), plus bias.
 
@@ -105,8 +130,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             "This model's weights are packed, and packed weights have no gradients. Load the model "
             "again and train it without pack_weights."
         )
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+    return onednn_linear(x, weight, bias)
 
 
 def pack_weights(module: nn.Module) -> None:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma_hub_torch.fast_linear import is_one_row, one_row_linear, packed_linear
+from gemma_hub_torch.fast_linear import (
+    is_float32_inference,
+    is_one_row,
+    one_row_linear,
+    onednn_linear,
+    packed_linear,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -16,6 +22,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return packed_linear(x, weight, bias)
     if is_one_row(x, weight):
         return one_row_linear(x, weight, bias)
+    if is_float32_inference(x, weight):
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -58,7 +58,7 @@ def onednn_is_on() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each product is taken."""
-    counts = {"one_row_linear": 0, "packed_linear": 0}
+    counts = {"one_row_linear": 0, "onednn_linear": 0, "packed_linear": 0}
 
     def counted(name: str) -> Callable[..., Tensor]:
         product = getattr(fast_linear, name)
@@ -204,6 +204,45 @@ def test_onednn_is_on_again_when_threads_leave_in_the_order_they_came() -> None:
         thread.join()
     assert seen == [False]
     assert torch.backends.mkldnn.enabled
+
+
+# -- several rows in float32 ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("num_rows", [2, 5, 33])
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_float32_rows_are_summed_in_float32(
+    size: tuple[int, int], num_rows: int, has_bias: bool, calls: dict[str, int]
+) -> None:
+    memory = draw(size[0] * size[1] + 3)
+    weight = memory[3:].reshape(size)  # as one that is mapped at any offset
+    bias = draw(size[0]) if has_bias else None
+    x = draw(2, num_rows, size[1] + 1)[:, 1:, 1:]  # of which no two rows are neighbours
+    y = linear(x, weight, bias)
+    assert calls["onednn_linear"] == 1
+    assert y.shape == (2, num_rows - 1, size[0])
+    assert y.dtype == torch.float32
+    if bias is None:
+        assert_exact_but_for_one_rounding(y, x, weight)
+    torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_float32_rows_with_a_gradient_are_left_to_pytorch(calls: dict[str, int]) -> None:
+    weight, x = draw(5, 16).requires_grad_(), draw(3, 16)
+    linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        linear(x[:1], weight)  # one row
+        linear(x.double(), weight.double())
+        torch.backends.mkldnn.enabled = False
+        linear(x, weight)
+        torch.backends.mkldnn.enabled = True
+    assert calls["onednn_linear"] == 0
+    with torch.no_grad():
+        linear(x, weight)
+    assert calls["onednn_linear"] == 1
 
 
 # -- packed weights -------------------------------------------------------------------------------
