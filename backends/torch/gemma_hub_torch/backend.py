@@ -206,7 +206,10 @@ class TorchModel:
 @contextmanager
 def _without_dropout(module: nn.Module) -> Iterator[None]:
     """Eval mode, whatever the user set; then every part is as it was."""
-    training = [part for part in module.modules() if part.training]
+    parts = [module]  # `modules` takes five times as long
+    for part in parts:
+        parts.extend(child for child in part._modules.values() if child is not None)
+    training = [part for part in parts if part.training]
     for part in training:
         part.training = False
     try:

@@ -34,7 +34,14 @@ def compiled_step(module: nn.Module) -> Callable[..., Any]:
             "only. Leave it out."
         )
     _check_compiler()
-    return torch.compile(module, dynamic=True)
+    step = torch.compile(module, dynamic=True)
+
+    def run(**arguments: Any) -> Any:
+        # Sizes are dynamic and numbers such as epsilon are not: each would be a tensor of its own.
+        with torch._dynamo.config.patch(specialize_float=True):
+            return step(**arguments)
+
+    return run
 
 
 def is_step(inputs: ModelInputs, past: KeyValueCache) -> bool:
