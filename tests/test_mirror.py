@@ -181,7 +181,7 @@ def test_the_smaller_pieces_have_the_same_names(name: str) -> None:
     flax = public_names(BACKENDS / "flax" / "gemma_hub_flax" / name)
     # Functions that only one framework needs.
     framework = {"as_tensor", "as_jax", "device_of", "known_length", "loss", "loss_and_gradients"}
-    framework |= {"greedy_steps", "name_of", "named_leaves", "on_cpu", "run"}
+    framework |= {"draw", "greedy_steps", "name_of", "named_leaves", "on_cpu", "run"}
     assert torch - framework == flax - framework
 
 

@@ -27,6 +27,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def draw(weight: Tensor, std: float) -> None:
+    """Fill `weight` from normal(0, std), unless it is on the meta device and has no numbers."""
+    if not weight.is_meta:  # PyTorch would import its compiler there, which takes a second
+        nn.init.normal_(weight, std=std)
+
+
 class Linear(nn.Linear):
     """`linear` with parameters of its own, drawn from normal(0, std)."""
 
@@ -35,7 +41,7 @@ class Linear(nn.Linear):
         super().__init__(size_in, size_out, bias=bias)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        draw(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -55,7 +61,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.padding_id = padding_id
         self.weight = nn.Parameter(torch.empty(num_rows, size))
-        nn.init.normal_(self.weight, std=std)
+        draw(self.weight, std)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight, self.padding_id)

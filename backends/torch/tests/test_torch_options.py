@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,21 @@ def test_pack_weights_packs_the_linear_layers(path: Path) -> None:
     expected = plain.generate(input_ids=ids, max_new_tokens=8, eos_token_id=())
     found = packed.generate(input_ids=ids, max_new_tokens=8, eos_token_id=())
     assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+IMPORTED = """
+import sys
+from gemma_hub import Gemma
+lm = Gemma.load(sys.argv[1], backend="torch", device="cpu")
+lm.generate(input_ids=[[5, 6, 7]], max_new_tokens=3)
+assert "torch" in sys.modules
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_torch_s_compiler_is_not_imported_unless_it_is_asked_for(path: Path) -> None:
+    # It takes more than a second, many times as long as loading a model.
+    subprocess.run([sys.executable, "-c", IMPORTED, str(path)], check=True, timeout=120)
 
 
 # -- compile --------------------------------------------------------------------------------------
