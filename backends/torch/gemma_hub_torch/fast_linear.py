@@ -7,7 +7,7 @@ ways out:
 
 - `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row, or the one that
   torch.compile makes, in float32 too;
-- `onednn_linear`: oneDNN for float32 too, where there are several rows;
+- `onednn_linear`: oneDNN for float32 too;
 - `pack_weights`: weights in oneDNN's blocked layout, for inference with any number of rows.
 
 Sums are in float32 and rounded once, as in the plain product, in another order.
@@ -22,6 +22,10 @@ from gemma_hub.errors import InputError
 
 # oneDNN has one blocked layout for all small numbers of rows; it asks for a typical one.
 _TYPICAL_ROWS = 8
+
+# Processors with AMX are Intel's, where MKL multiplies one row of float32 at the speed of memory.
+# On AMD's it takes twice as long.
+_HAS_MKL_FOR_ONE_ROW = torch.cpu._is_amx_tile_supported()
 
 # The kernel was measured with these vectors only.
 _HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -97,13 +101,10 @@ def _compiled_product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def is_float32_inference(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn_linear` is for x (..., in) times weight (out, in): several rows, no gradient.
-
-    Not with one row, for which MKL is as quick on some processors.
-    """
+    """Whether `onednn_linear` is for x (..., in) times weight (out, in): without a gradient."""
     return (
         x.dtype == torch.float32
-        and x.numel() > weight.shape[1]
+        and (x.numel() > weight.shape[1] or not _HAS_MKL_FOR_ONE_ROW)
         and x.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
