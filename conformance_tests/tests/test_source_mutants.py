@@ -21,7 +21,7 @@ from gemma_hub_conformance.spec import Subject
 
 BACKENDS = Path(__file__).parents[2] / "backends"
 FORWARD = "L2.forward.gqa.left_padding"
-PLAIN = "L2.cache.gqa.no_padding"  # single queries, for which torch has no other attention
+PLAIN = "L2.attentions.gqa"  # where the weights are asked for torch has no other attention
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ EDITS = [
     Edit("norm without eps", "model.py", ") + self.eps)", "))"),
     Edit("norm without 1 + w", "model.py", "(self.offset + self.weight", "(self.weight"),
     Edit("norm of the mean", "model.py", "mean(y * y, -1", "mean(y, -1"),
-    Edit("k not rotated", "model.py", "k = rotate(k, angles)", "k = k"),
+    Edit("k not rotated", "model.py", "k = rotate(k, turns)", "k = k"),
     Edit(
         "v rotated",
         "model.py",
-        "k = rotate(k, angles)",
-        "k, v = rotate(k, angles), rotate(v, angles)",
+        "k = rotate(k, turns)",
+        "k, v = rotate(k, angles), rotate(v, turns)",
     ),
     Edit("attention scale", "model.py", "mask, self.scale, ", "mask, self.scale * 1.001, "),
     Edit("no first residual", "model.py", "x = x + out", "x = out"),
@@ -84,7 +84,7 @@ EDITS = [
         "L2.forward.linear_rope.no_padding",
     ),
     Edit("rope size", "attention.py", "/ H\n", "/ (H + 2)\n"),
-    Edit("rope sign", "attention.py", "second * cos + first * sin", "second * cos - first * sin"),
+    Edit("rope sign", "attention.py", "y * turns.cos + ", "y * turns.cos - "),
     Edit("mask excludes the query", "attention.py", "<= queries", "< queries"),
     Edit("causality", "attention.py", "<= queries", "<= 99 + queries"),
     Edit("padding seen", "attention.py", "valid[:, None, :] & ", "(valid[:, None, :] | True) & "),

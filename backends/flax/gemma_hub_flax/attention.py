@@ -37,7 +37,8 @@ def rope(position_ids: Array, config: GemmaConfig) -> Rope:
 def rotate(x: Array, turns: Rope) -> Array:
     """x (B, T, N, H) turned by its positions; in float32."""
     y = x.astype(jnp.float32)
-    y = y * turns.cos + jnp.roll(y, x.shape[-1] // 2, -1) * turns.sin
+    first, second = jnp.split(y, 2, -1)
+    y = y * turns.cos + jnp.concatenate([second, first], -1) * turns.sin
     return y.astype(x.dtype)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 import gemma_hub_flax
 from gemma_hub import GemmaConfig
 from gemma_hub_flax import FlaxGemmaForCausalLM, FlaxGemmaForTokenClassification
+from gemma_hub_flax.attention import rope
 from gemma_hub_flax.dropout import Dropout
 from gemma_hub_flax.model import Attention
 
@@ -193,9 +194,10 @@ def test_attention_dropout_zeroes_single_probabilities_at_its_rate() -> None:
     config = GemmaConfig(**{**CONFIG, "hidden_size": N * H, "attention_dropout": RATE})
     layer = Attention(config, nnx.Rngs(1))
     layer.o_proj.weight[...] = jnp.eye(N * H)
-    x, angles = jax.random.normal(jax.random.key(1), (B, 1, N * H)), jnp.zeros((B, 1, H // 2))
+    x = jax.random.normal(jax.random.key(1), (B, 1, N * H))
+    turns = rope(jnp.zeros((B, 1), jnp.int32), config)
     mask = jnp.ones((B, 1, 1), jnp.bool)
-    call = nnx.jit(lambda layer, key: layer(x, angles, mask, None, 0, key)[:2])
+    call = nnx.jit(lambda layer, key: layer(x, turns, mask, None, 0, key)[:2])
     kept, _ = call(layer, None)
     dropped, probs = call(layer, jax.random.key(2))
     dropped, kept = np.asarray(dropped), np.asarray(kept)

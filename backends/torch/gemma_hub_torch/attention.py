@@ -39,7 +39,8 @@ def rope(position_ids: Tensor, config: GemmaConfig) -> Rope:
 def rotate(x: Tensor, turns: Rope) -> Tensor:
     """x (B, T, N, H) turned by its positions; in float32."""
     y = x.to(torch.float32)
-    y = y * turns.cos + torch.roll(y, x.shape[-1] // 2, -1) * turns.sin
+    first, second = torch.chunk(y, 2, -1)
+    y = y * turns.cos + torch.cat([second, first], -1) * turns.sin
     return y.to(x.dtype)
 
 

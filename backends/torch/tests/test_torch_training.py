@@ -13,6 +13,7 @@ import gemma_hub_torch
 from gemma_hub import GemmaConfig
 from gemma_hub.inputs import ModelInputs
 from gemma_hub_torch import GemmaForCausalLM, GemmaForTokenClassification
+from gemma_hub_torch.attention import rope
 from gemma_hub_torch.backend import TorchModel
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.model import Attention
@@ -199,14 +200,14 @@ def test_attention_dropout_zeroes_single_probabilities_at_its_rate() -> None:
     # shows it: each head's output is v / (1 - rate), or 0.
     B, N, H = 4000, 4, 8
     torch.manual_seed(1)
-    layer = Attention(
-        GemmaConfig(**{**CONFIG, "hidden_size": N * H, "attention_dropout": RATE})
-    ).requires_grad_(False)
+    config = GemmaConfig(**{**CONFIG, "hidden_size": N * H, "attention_dropout": RATE})
+    layer = Attention(config).requires_grad_(False)
     layer.o_proj.weight.copy_(torch.eye(N * H))
-    x, angles = torch.randn(B, 1, N * H), torch.zeros(B, 1, H // 2)
+    x = torch.randn(B, 1, N * H)
+    turns = rope(torch.zeros(B, 1, dtype=torch.int64), config)
     mask = torch.ones(B, 1, 1, dtype=torch.bool)
-    kept, _, _ = layer.eval()(x, angles, mask, None, 0)
-    dropped, probs, _ = layer.train()(x, angles, mask, None, 0)
+    kept, _, _ = layer.eval()(x, turns, mask, None, 0)
+    dropped, probs, _ = layer.train()(x, turns, mask, None, 0)
     assert_dropped(dropped.reshape(B * N, H), kept.reshape(B * N, H), RATE)
     assert torch.equal(probs, torch.ones(B, N, 1, 1))  # those that are returned are not dropped
     both = (dropped.reshape(B, N, H) == 0).all(-1)[:, :2].all(-1)  # heads that share keys
