@@ -21,7 +21,7 @@ from gemma_hub_conformance.spec import Subject
 
 BACKENDS = Path(__file__).parents[2] / "backends"
 FORWARD = "L2.forward.gqa.left_padding"
-PLAIN = "L2.attentions.gqa"  # where the weights are asked for torch has no other attention
+PLAIN = "L5.attentions.gqa"  # where the weights are asked for torch has no other attention
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ EDITS = [
         "v rotated",
         "model.py",
         "k = rotate(k, turns)",
-        "k, v = rotate(k, angles), rotate(v, turns)",
+        "k, v = rotate(k, turns), rotate(v, turns)",
     ),
     Edit("attention scale", "model.py", "mask, self.scale, ", "mask, self.scale * 1.001, "),
     Edit("no first residual", "model.py", "x = x + out", "x = out"),
