@@ -1,7 +1,6 @@
 """The compiled loop takes the steps that the core would, and needs no memory and few programs."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,28 +32,12 @@ CONFIG = GemmaConfig(
     tie_word_embeddings=False,  # a tied head of random weights says one token again and again
     eos_token_id=None,
 )
-COMPILED = "/jax/core/compile/backend_compile_duration"
 NOISE = 2e-5  # of float32 and logits of some units
 
 
 @pytest.fixture(autouse=True)
 def no_cache_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_HUB_COMPILE_CACHE", "off")
-
-
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """What was compiled since the test began, one entry each."""
-    seen: list[str] = []
-
-    def note(event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED and watching:
-            seen.append(event)
-
-    watching = True
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield seen
-    watching = False
 
 
 def arrays(config: GemmaConfig, seed: int = 3) -> dict[str, np.ndarray]:

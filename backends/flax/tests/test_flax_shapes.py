@@ -1,7 +1,6 @@
 """Calls of many lengths share a few programs, and give what the calls as they were made would."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +29,6 @@ CONFIG = GemmaConfig(
     head_dim=8,
     num_labels=3,
 )
-COMPILED = "/jax/core/compile/backend_compile_duration"
 NOISE = 2e-5  # of float32 and logits of some units
 LENGTHS = range(3, 23)
 
@@ -38,21 +36,6 @@ LENGTHS = range(3, 23)
 @pytest.fixture(autouse=True)
 def no_cache_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_HUB_COMPILE_CACHE", "off")
-
-
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """What was compiled since the test began, one entry each."""
-    seen: list[str] = []
-
-    def note(event: str, seconds: float, **_: Any) -> None:
-        if event == COMPILED and watching:
-            seen.append(event)
-
-    watching = True
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield seen
-    watching = False
 
 
 def model(task: str = "causal_lm", **changes: Any) -> Any:
