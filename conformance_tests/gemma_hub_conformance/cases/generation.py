@@ -1,7 +1,7 @@
 """L4.generation: the tokens, by the core's loop over the backend's model."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -61,19 +61,26 @@ def _greedy(context: CaseContext) -> None:
             f"row {number} ended by {result.finish_reason!r} after {len(result.token_ids)} tokens; "
             f"expected 'length' after {NEW_TOKENS}",
         )
-        # On the backend's own path, so that one near tie does not end the comparison.
-        truth = context.oracle.truth(MODEL, [row(prompt + result.token_ids)], context.dtype)
-        band = noise_band(truth.logits, truth.witness_logits)
-        for index, chosen in enumerate(result.token_ids):
-            at = len(prompt) - 1 + index
-            best = int(np.argmax(truth.logits[at]))
-            gap = truth.logits[at, best] - truth.logits[at, chosen]
-            noise = float(np.hypot(band.element_rms[at, best], band.element_rms[at, chosen]))
-            context.require(
-                gap <= CERTAIN * noise,
-                f"row {number}, new token {index} is {chosen}; the reference has {best}, ahead by "
-                f"{gap / noise:.3g} times the noise",
-            )
+        judge_greedy(context, number, prompt, result.token_ids)
+
+
+def judge_greedy(
+    context: CaseContext, number: int, prompt: Sequence[int], new: Sequence[int]
+) -> None:
+    """Fail unless each of a row's `new` tokens is the best after those before it, or nearly."""
+    # On the backend's own path, so that one near tie does not end the comparison.
+    truth = context.oracle.truth(MODEL, [row((*prompt, *new))], context.dtype)
+    band = noise_band(truth.logits, truth.witness_logits)
+    for index, chosen in enumerate(new):
+        at = len(prompt) - 1 + index
+        best = int(np.argmax(truth.logits[at]))
+        gap = truth.logits[at, best] - truth.logits[at, chosen]
+        noise = float(np.hypot(band.element_rms[at, best], band.element_rms[at, chosen]))
+        context.require(
+            gap <= CERTAIN * noise,
+            f"row {number}, new token {index} is {chosen}; the reference has {best}, ahead by "
+            f"{gap / noise:.3g} times the noise",
+        )
 
 
 def _stop(context: CaseContext) -> None:
