@@ -48,10 +48,9 @@ def run_bench(
         )
     if len(set(backends)) < len(backends) or len(set(peers)) < len(peers):
         raise InputError("A backend or a peer is named twice. Name each once.")
-    if settings.backend_options and len(backends) != 1:
+    if settings.backend_options and not backends:
         raise InputError(
-            f"--option is for one backend and there are {len(backends)}: {', '.join(backends)}. "
-            "Measure one with --backend."
+            "--option is for backends and none is measured. Name one with --backend, or leave it out."
         )
     table = read_peers(peers_dir) if peers or (peers_dir / TABLE).is_file() else {}
     others = chosen(table, peers)

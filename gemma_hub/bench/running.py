@@ -39,7 +39,7 @@ class Settings:
         new: tokens that are decoded after the first.
         rounds: processes for each configuration.
         repeats: timed runs in each process.
-        backend_options: of the only backend.
+        backend_options: of every backend.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16",)

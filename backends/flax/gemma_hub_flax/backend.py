@@ -19,6 +19,8 @@ from gemma_hub_flax import fast_greedy, model
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, check_fits, gathered
 from gemma_hub_flax.compile_programs import Programs
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
+from gemma_hub_flax.fast_native import use_native
+from gemma_hub_flax.fast_options import FlaxOptions
 from gemma_hub_flax.fast_shapes import (
     LastTokens,
     num_slots,
@@ -61,9 +63,13 @@ class FlaxBackend:
             CheckpointError: parameters are missing or have the wrong shape.
         """
         check_request(config, task, options)
+        chosen = FlaxOptions.read(options.extra)
         check_weights(config, task.name, weights)
         device = find_device(options.device)
-        return FlaxModel(build_module(CLASSES[task.name], config, weights, options.dtype, device))
+        module = build_module(CLASSES[task.name], config, weights, options.dtype, device)
+        if chosen.native:
+            use_native(module)
+        return FlaxModel(module)
 
 
 def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) -> None:
@@ -73,11 +79,6 @@ def check_request(config: GemmaConfig, task: TaskSpec, options: BuildOptions) ->
     for feature in config.required_features:
         raise UnsupportedFeature(feature, "flax", "It runs first-generation Gemma.")
     check_dtype(options.dtype)
-    if options.extra:
-        raise InputError(
-            f"The flax backend has no options and got {', '.join(options.extra)}. Leave "
-            "backend_options (--option) out."
-        )
 
 
 def check_has_loss(task: str, inputs: ModelInputs) -> None:

@@ -11,12 +11,9 @@ compilation and nothing else.
 
 import hashlib
 import os
-import platform
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +21,7 @@ from typing import Any, Self
 import jax
 from jax.experimental import serialize_executable
 
-from gemma_hub.cache import cache_folder
+from gemma_hub.cache import cache_folder, is_private, processor, write_whole
 
 VARIABLE = "GEMMA_HUB_COMPILE_CACHE"
 MAX_BYTES = 1 << 30
@@ -72,7 +69,7 @@ class CompileCache:
 
     def read(self) -> Any | None:
         """The compiled program, ready to be called, or None."""
-        if self.path is None or not _is_private(self.path.parent):
+        if self.path is None or not is_private(self.path.parent):
             return None
         with suppress(Exception):  # of whatever kind: it can be compiled again
             content = self.path.read_bytes()
@@ -96,9 +93,9 @@ class CompileCache:
         with suppress(Exception):  # of whatever kind: the program itself is there
             where = self.path.parent
             where.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _is_private(where):
+            if is_private(where):
                 payload, _, _ = serialize_executable.serialize(program)
-                _write_whole(self.path, hashlib.sha256(payload).digest() + payload)
+                write_whole(self.path, hashlib.sha256(payload).digest() + payload)
                 _drop_oldest(where)
 
 
@@ -112,40 +109,9 @@ def _name(lowered: Any, device: jax.Device) -> str:
         device.device_kind,
         str(device.id),
         os.environ.get("XLA_FLAGS", ""),
-        _processor(),
+        processor(),
     )
     return hashlib.sha256("\0".join(said).encode()).hexdigest()
-
-
-@cache
-def _processor() -> str:
-    """The processor of this machine with what it can do; a program may use all of that."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return "\n".join(sorted({x for x in lines if x.startswith(("model", "flags", "Features"))}))
-    return f"{platform.machine()} {platform.processor()}"
-
-
-def _is_private(where: Path) -> bool:
-    """Whether only this user can put files there."""
-    if not hasattr(os, "getuid"):
-        return where.is_dir()
-    try:
-        status = where.stat()
-    except OSError:
-        return False
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix="new.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _drop_oldest(where: Path) -> None:

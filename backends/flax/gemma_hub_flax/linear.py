@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from gemma_hub_flax.fast_native import is_for_native, native_linear
+
 # XLA's CPU product of one row of 16-bit floats converts the whole weight to float32 at every call,
 # ten times slower than the read of the weight; with a few rows it does not.
 _MIN_ROWS_16_BIT = 4
@@ -16,8 +18,12 @@ _MIN_ROWS_16_BIT = 4
 _MAX_ROWS_WEIGHT_FIRST = 64
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(
+    x: Array, weight: Array, bias: Array | None = None, *, native: bool = False
+) -> Array:
     """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
+    if native and bias is None and is_for_native(x, weight):
+        return native_linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     num_rows = rows.shape[0]
     if x.dtype == jnp.float32 and 1 < num_rows <= _MAX_ROWS_WEIGHT_FIRST:
@@ -49,7 +55,13 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """`linear` with parameters of its own, drawn from normal(0, std)."""
+    """`linear` with parameters of its own, drawn from normal(0, std).
+
+    Attributes:
+        native: multiply few rows as fast_native.py does.
+    """
+
+    native = False
 
     def __init__(
         self, size_in: int, size_out: int, rngs: nnx.Rngs, *, std: float, bias: bool = False
@@ -58,14 +70,20 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size_out)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x, self.weight[...], bias, native=self.native)
 
 
 class Embedding(nnx.Module):
     """One row of `weight` (V, D) per id, drawn from normal(0, std).
 
     Looking up `padding_id` gives that row no gradient, as in Transformers.
+
+    Attributes:
+        native: as in `Linear`.
     """
+
+    native = False
 
     def __init__(
         self,
@@ -85,3 +103,7 @@ class Embedding(nnx.Module):
             return rows
         is_padding = (ids == self.padding_id)[..., None]
         return jnp.where(is_padding, jax.lax.stop_gradient(rows), rows)
+
+    def scores(self, x: Array) -> Array:
+        """x (..., D) times each row: what the tied head gives, (..., V)."""
+        return linear(x, self.weight[...], native=self.native)

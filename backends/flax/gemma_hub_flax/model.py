@@ -21,7 +21,7 @@ from gemma_hub_flax.calls import (
     token_labels,
 )
 from gemma_hub_flax.dropout import Dropout, split_key
-from gemma_hub_flax.linear import Embedding, Linear, linear
+from gemma_hub_flax.linear import Embedding, Linear
 from gemma_hub_flax.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_flax.outputs import BaseModelOutput, HeadOutput
 from gemma_hub_flax.pretrained import Pretrained
@@ -251,7 +251,7 @@ class FlaxGemmaForCausalLM(Pretrained, nnx.Module):
         )
         x = out.last_hidden_state[:, -logits_to_keep:]
         if self.config.tie_word_embeddings:
-            logits = linear(x, self.model.embed_tokens.weight[...])
+            logits = self.model.embed_tokens.scores(x)
         else:
             logits = self.lm_head(x)
         logits = logits.astype(jnp.float32)

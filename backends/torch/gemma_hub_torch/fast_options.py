@@ -1,11 +1,11 @@
 """The options that only this backend has: what `BuildOptions.extra` may hold."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from gemma_hub.errors import InputError, nearest
+from gemma_hub.errors import InputError
+from gemma_hub.options import read_switches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,10 +14,12 @@ class TorchOptions:
 
     Attributes:
         pack_weights: bring the weights into a layout for several rows; see fast_linear.py.
+        native: multiply few rows by C++ that is compiled for this processor; see fast_native.py.
         compile: run decoding steps of one row through torch.compile; see fast_compile.py.
     """
 
     pack_weights: bool = False
+    native: bool = False
     compile: bool = False
 
     @classmethod
@@ -27,17 +29,7 @@ class TorchOptions:
         Raises:
             InputError: an unknown name, a value of a wrong type, or two that exclude one another.
         """
-        known = [option.name for option in dataclasses.fields(cls)]
-        for name, value in extra.items():
-            if name not in known:
-                hint = nearest(str(name), known)
-                raise InputError(
-                    f"The torch backend has no option {name!r}. {hint}{' ' if hint else ''}"
-                    f"Known: {', '.join(known)}."
-                )
-            if type(value) is not bool:
-                raise InputError(f"The option {name} is {value!r}; expected True or False.")
-        options = cls(**extra)
+        options = read_switches(cls, "torch", extra)
         if options.pack_weights and options.compile:
             raise InputError(
                 "The options pack_weights and compile exclude one another: packed weights are not "

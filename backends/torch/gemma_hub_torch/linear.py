@@ -14,10 +14,15 @@ from gemma_hub_torch.fast_linear import (
     onednn_linear,
     packed_linear,
 )
+from gemma_hub_torch.fast_native import is_for_native, native_linear
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = False
+) -> Tensor:
     """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
+    if native and bias is None and is_for_native(x, weight):
+        return native_linear(x, weight)
     if weight.is_mkldnn:
         return packed_linear(x, weight, bias)
     if is_one_row(x, weight):
@@ -34,7 +39,13 @@ def draw(weight: Tensor, std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """`linear` with parameters of its own, drawn from normal(0, std)."""
+    """`linear` with parameters of its own, drawn from normal(0, std).
+
+    Attributes:
+        native: multiply few rows as fast_native.py does.
+    """
+
+    native = False
 
     def __init__(self, size_in: int, size_out: int, *, std: float, bias: bool = False) -> None:
         self.std = std
@@ -46,14 +57,19 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, native=self.native)
 
 
 class Embedding(nn.Module):
     """One row of `weight` (V, D) per id, drawn from normal(0, std).
 
     Looking up `padding_id` gives that row no gradient, as in Transformers.
+
+    Attributes:
+        native: as in `Linear`.
     """
+
+    native = False
 
     def __init__(
         self, num_rows: int, size: int, *, std: float, padding_id: int | None = None
@@ -65,3 +81,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight, self.padding_id)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """x (..., D) times each row: what the tied head gives, (..., V)."""
+        return linear(x, self.weight, native=self.native)

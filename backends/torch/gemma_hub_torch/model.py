@@ -21,7 +21,7 @@ from gemma_hub_torch.calls import (
 )
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.fast_attention import fused_mask
-from gemma_hub_torch.linear import Embedding, Linear, linear
+from gemma_hub_torch.linear import Embedding, Linear
 from gemma_hub_torch.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_torch.outputs import BaseModelOutput, HeadOutput
 from gemma_hub_torch.pretrained import Pretrained
@@ -237,7 +237,7 @@ class GemmaForCausalLM(Pretrained, nn.Module):
         )
         x = out.last_hidden_state[:, -logits_to_keep:]
         if self.config.tie_word_embeddings:
-            logits = linear(x, self.model.embed_tokens.weight)
+            logits = self.model.embed_tokens.scores(x)
         else:
             logits = self.lm_head(x)
         logits = logits.to(torch.float32)
