@@ -1,4 +1,4 @@
-"""The options that one backend has for itself: a dataclass of switches, read from what was given."""
+"""The options that one backend has for itself: a dataclass of switches."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -50,7 +50,8 @@ def run_bench(
         raise InputError("A backend or a peer is named twice. Name each once.")
     if settings.backend_options and not backends:
         raise InputError(
-            "--option is for backends and none is measured. Name one with --backend, or leave it out."
+            "--option is for backends and none is measured. Leave it out, or name one with "
+            "--backend."
         )
     table = read_peers(peers_dir) if peers or (peers_dir / TABLE).is_file() else {}
     others = chosen(table, peers)

@@ -1,1 +1,1 @@
-"""C++ that backends share, compiled on the user's machine for its processor when it is asked for."""
+"""C++ that backends share, compiled for the user's processor when it is asked for."""

@@ -1,7 +1,8 @@
 """Compiles a C++ file into a library for this processor, once, and loads it.
 
-The file may include the headers of this folder. Libraries are kept in gemma_hub's cache folder under
-a name that depends on all that goes into them; a folder that others can write into is not used.
+The file may include the headers of this folder. Libraries are kept in gemma_hub's cache folder
+under a name that depends on all that goes into them; a folder that others can write into is not
+used.
 """
 
 import ctypes
@@ -55,7 +56,8 @@ def load_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     command = [*_compiler(), *_COMPILE, f"-I{HEADERS}", *flags]
     path = _place(_name(source, command))
     if path is not None and path.is_file():
-        return _loaded(path)
+        with suppress(InputError):  # damaged
+            return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
         built = _built(source, command, Path(folder))
         if path is None:
@@ -77,10 +79,14 @@ def _run(command: Sequence[str]) -> str:
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{_asked()}, and {command[0]} does not run: {error}. {_advice()}") from error
+        raise InputError(
+            f"{_asked()}, and {command[0]} does not run: {error}. {_advice()}"
+        ) from error
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr]
-        raise InputError(f"{_asked()}, and {command[0]} fails: {said[0].strip()[:300]}. {_advice()}")
+        raise InputError(
+            f"{_asked()}, and {command[0]} fails: {said[0].strip()[:300]}. {_advice()}"
+        )
     return done.stdout
 
 
@@ -88,7 +94,9 @@ def _loaded(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise InputError(f"{_asked()}, and its library cannot be loaded: {error}. {_advice()}") from error
+        raise InputError(
+            f"{_asked()}, and its library cannot be loaded: {error}. {_advice()}"
+        ) from error
 
 
 def _compiler() -> list[str]:

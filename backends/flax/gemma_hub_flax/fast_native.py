@@ -9,11 +9,9 @@ from pathlib import Path
 import jax
 import jax.ffi
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 
-from gemma_hub.native.library import check_is_for_native, load_library
-from gemma_hub_flax.devices import device_of, name_of
+from gemma_hub.native.library import load_library
 
 MOST_ROWS = 16
 """Up to so many, the product takes no longer than XLA's."""
@@ -22,21 +20,7 @@ _SOURCE = Path(__file__).with_name("fast_products.cpp")
 _TARGET = "gemma_hub_product"
 
 
-def use_native(module: nnx.Module) -> None:
-    """Let the linear layers and the head of `module` multiply few rows by the native product.
-
-    Raises:
-        InputError: it cannot be compiled here, or the model is not what it is for.
-    """
-    weight = jax.tree.leaves(nnx.state(module, nnx.Param))[0]
-    check_is_for_native(name_of(device_of(weight)), str(weight.dtype))
-    load()
-    for _, part in nnx.iter_graph(module):
-        if hasattr(part, "native"):
-            part.native = True
-
-
-def load() -> None:
+def load_native() -> None:
     """Compile and load the function, unless it is there.
 
     Raises:

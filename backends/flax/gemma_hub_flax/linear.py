@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from gemma_hub_flax.fast_native import is_for_native, native_linear
+from gemma_hub.native.library import check_is_for_native
+from gemma_hub_flax.devices import device_of, name_of
+from gemma_hub_flax.fast_native import is_for_native, load_native, native_linear
 
 # XLA's CPU product of one row of 16-bit floats converts the whole weight to float32 at every call,
 # ten times slower than the read of the weight; with a few rows it does not.
@@ -18,9 +20,7 @@ _MIN_ROWS_16_BIT = 4
 _MAX_ROWS_WEIGHT_FIRST = 64
 
 
-def linear(
-    x: Array, weight: Array, bias: Array | None = None, *, native: bool = False
-) -> Array:
+def linear(x: Array, weight: Array, bias: Array | None = None, *, native: bool = False) -> Array:
     """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
     if native and bias is None and is_for_native(x, weight):
         return native_linear(x, weight)
@@ -107,3 +107,17 @@ class Embedding(nnx.Module):
     def scores(self, x: Array) -> Array:
         """x (..., D) times each row: what the tied head gives, (..., V)."""
         return linear(x, self.weight[...], native=self.native)
+
+
+def use_native(module: nnx.Module) -> None:
+    """Let the linear layers and the head of `module` multiply few rows by the native product.
+
+    Raises:
+        InputError: it cannot be compiled here, or the model is not what it is for.
+    """
+    weight = jax.tree.leaves(nnx.state(module, nnx.Param))[0]
+    check_is_for_native(name_of(device_of(weight)), str(weight.dtype))
+    load_native()
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, Linear | Embedding):
+            part.native = True

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gemma_hub.native.library import check_is_for_native, load_library
+from gemma_hub.native.library import load_library
 
 MOST_ROWS = 16
 """Up to so many, the product takes no longer than those of PyTorch."""
@@ -19,21 +19,7 @@ _SOURCE = Path(__file__).with_name("fast_products.cpp")
 _FUNCTIONS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
 
 
-def use_native(module: nn.Module) -> None:
-    """Let the linear layers and the head of `module` multiply few rows by the native product.
-
-    Raises:
-        InputError: it cannot be compiled here, or the model is not what it is for.
-    """
-    weight = next(module.parameters())
-    check_is_for_native(str(weight.device), str(weight.dtype).removeprefix("torch."))
-    load()
-    for part in module.modules():
-        if hasattr(part, "native"):
-            part.native = True
-
-
-def load() -> None:
+def load_native() -> None:
     """Compile and load the functions, unless they are there.
 
     Raises:

@@ -1,0 +1,305 @@
+"""The native product: exact but for one rounding, the same for any rows, and for inference only."""
+
+import ctypes
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_hub import Gemma, GemmaConfig
+from gemma_hub.errors import InputError
+from gemma_hub_torch import GemmaForCausalLM, GemmaForSequenceClassification, fast_native
+from gemma_hub_torch import linear as linear_module
+from gemma_hub_torch.fast_native import MOST_ROWS, load_native, native_linear
+from gemma_hub_torch.linear import Embedding, Linear, linear, use_native
+
+CONFIG = GemmaConfig(
+    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+)  # fmt: skip
+# (out, in): around the vectors' 16 and 32 lanes, and the blocks' 3 and 4 columns
+SIZES = [(1, 1), (3, 7), (4, 16), (5, 31), (64, 32), (7, 33), (13, 63), (61, 64), (9, 200)]
+ROWS = [*range(1, 10), 15, 16, 17, 25]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("the native products need a C++ compiler")
+    load_native()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def make_model(kind: Any = GemmaForCausalLM, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = kind(CONFIG).to(dtype).eval()
+    use_native(model)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights for which it is taken."""
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, weight: Tensor) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return native_linear(x, weight)
+
+    monkeypatch.setattr(linear_module, "native_linear", counted)
+    return shapes
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_it_is_summed_in_float32_and_rounded_once(
+    size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = draw(*size, dtype=dtype)
+    for rows in ROWS:
+        x = draw(rows, size[1], dtype=dtype)
+        y = native_linear(x, weight)
+        exact = x.double() @ weight.double().T
+        sums = x.double().abs() @ weight.double().abs().T * size[1] * torch.finfo(torch.float32).eps
+        rounding = exact.abs() * torch.finfo(dtype).eps / 2
+        assert y.dtype == dtype
+        assert bool(((y.double() - exact).abs() <= 1.01 * rounding + sums).all())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_row_is_the_same_bit_by_bit_beside_any_others(dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size in SIZES:
+            weight, x = draw(*size, dtype=dtype), draw(max(ROWS), size[1], dtype=dtype)
+            alone = torch.cat([native_linear(row[None], weight) for row in x])
+            for rows in ROWS:
+                assert torch.equal(native_linear(x[-rows:], weight), alone[-rows:])
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_rounding_is_to_the_nearest_and_then_to_even() -> None:
+    # One column of ones and one row: the product is the number itself, in float32.
+    numbers = np.random.default_rng(0).integers(0, 2**32, 20_000, np.uint32).view(np.float32)
+    halves = (np.arange(256, dtype=np.uint32) << 16 | 0x3F808000).view(np.float32)
+    for value in np.concatenate([numbers[np.isfinite(numbers)], halves])[-3000:]:
+        high = torch.tensor([[float(value)]]).to(torch.bfloat16)
+        low = torch.tensor([[float(value) - float(high)]]).to(torch.bfloat16)
+        x, ones = torch.cat([high, low], 1), torch.ones(1, 2, dtype=torch.bfloat16)
+        expected = (high.float() + low.float()).to(torch.bfloat16)
+        assert torch.equal(native_linear(x, ones), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_what_is_not_a_number_stays_in_its_row_and_column(dtype: torch.dtype) -> None:
+    weight, x = draw(6, 40, dtype=dtype), draw(3, 40, dtype=dtype)
+    weight[2, 39], x[1, 5] = torch.nan, torch.inf
+    y = native_linear(x, weight)
+    assert y[:, 2].isnan().all()
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]][:, [0, 1, 3, 4, 5]].isfinite().all()
+    tiny = torch.full((1, 40), torch.finfo(dtype).smallest_normal / 4, dtype=dtype)
+    assert (native_linear(tiny, torch.ones(2, 40, dtype=dtype)) > 0).all()  # subnormal
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_no_byte_behind_a_weight_is_read(dtype: torch.dtype) -> None:
+    page, protect = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True).mprotect
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert protect(ctypes.c_void_p(start + page), page, 0) == 0  # reading there ends the process
+    whole = torch.frombuffer(memory, dtype=dtype)
+    for out, size in ((3, 7), (5, 33), (4, 64), (1, 100)):
+        weight = whole[page // dtype.itemsize - out * size : page // dtype.itemsize]
+        weight = weight.reshape(out, size).copy_(draw(out, size, dtype=dtype))
+        for rows in (1, 8, 11):
+            x = draw(rows, size, dtype=dtype)
+            expected = native_linear(x, weight.clone())
+            assert torch.equal(native_linear(x, weight), expected)
+    assert protect(ctypes.c_void_p(start + page), page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+@torch.no_grad()
+def test_a_slice_of_a_mapped_weight_may_begin_anywhere() -> None:
+    memory = draw(5 * 40 + 3, dtype=torch.bfloat16)
+    weight, x = memory[3:].reshape(5, 40), draw(2, 9, 40, dtype=torch.bfloat16)[:, -1:]
+    y = native_linear(x, weight)
+    assert y.shape == (2, 1, 5)
+    assert torch.equal(y, native_linear(x.clone(), weight.clone()))
+
+
+# -- where it is taken ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_takes_it_for_every_matrix(dtype: torch.dtype, calls: list[tuple[int, ...]]) -> None:
+    model = make_model(dtype=dtype)
+    with torch.no_grad():
+        model(torch.tensor([[5]] * MOST_ROWS))
+    assert len(calls) == 7 * CONFIG.num_hidden_layers + 1
+    assert calls[-1] == (CONFIG.vocab_size, CONFIG.hidden_size)  # the head
+
+
+def plain_rows() -> tuple[Tensor, Tensor]:
+    return draw(2, 16), draw(5, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w: (draw(MOST_ROWS + 1, 16), w),
+        lambda x, w: (x.double(), w.double()),
+        lambda x, w: (x.half(), w.half()),
+        lambda x, w: (x, draw(16, 5).T),
+        lambda x, w: (x.to("meta"), w.to("meta")),
+    ],
+    ids=["rows", "float64", "float16", "layout", "device"],
+)
+@torch.no_grad()
+def test_other_products_are_the_plain_ones(
+    change: Callable[..., tuple[Tensor, Tensor]], calls: list[tuple[int, ...]]
+) -> None:
+    x, weight = plain_rows()
+    linear(x, weight, native=True)
+    assert len(calls) == 1
+    linear(*change(x, weight), native=True)
+    linear(x, weight, draw(5), native=True)
+    linear(x, weight)
+    assert len(calls) == 1
+
+
+def test_a_model_that_was_made_native_is_trained_as_before(calls: list[tuple[int, ...]]) -> None:
+    plain, native = GemmaForCausalLM(CONFIG), make_model()
+    native.load_state_dict(plain.state_dict())
+    ids = torch.tensor([[5, 6, 7]])
+    for model in (plain, native):
+        model(ids, labels=ids).loss.backward()
+    assert not calls
+    for one, other in zip(plain.parameters(), native.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_head_with_a_bias_takes_it_where_there_is_none(calls: list[tuple[int, ...]]) -> None:
+    model = make_model(GemmaForSequenceClassification)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]))
+    assert (CONFIG.num_labels, CONFIG.hidden_size) in calls
+
+
+@torch.no_grad()
+def test_torch_compile_gets_it_as_one_operation() -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compiler.reset()
+    x, weight = plain_rows()
+    y = torch.compile(linear, backend=backend, fullgraph=True)(x, weight, native=True)
+    assert "gemma_hub.product" in graphs[0]
+    assert torch.equal(y, native_linear(x, weight))
+    torch.library.opcheck(torch.ops.gemma_hub.product, (x, weight))
+
+
+# -- the option -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("native") / "model"
+    GemmaForCausalLM(CONFIG).save_pretrained(path)
+    return path
+
+
+def load(path: Path, **options: Any) -> Any:
+    dtype = options.pop("dtype", "float32")
+    own = {"native": True, **options}
+    return Gemma.load(path, backend="torch", device="cpu", dtype=dtype, backend_options=own)
+
+
+def test_the_option_makes_every_layer_native_and_saves_what_was_loaded(
+    path: Path, tmp_path: Path
+) -> None:
+    lm = load(path)
+    parts = [part for part in lm.model.modules() if isinstance(part, Linear | Embedding)]
+    assert len(parts) == 7 * CONFIG.num_hidden_layers + 1
+    assert all(part.native for part in parts)
+    assert not any(part.native for part in load(path, native=False).model.modules()
+                   if isinstance(part, Linear | Embedding))  # fmt: skip
+    lm.save(tmp_path / "again")
+    again = Gemma.load(tmp_path / "again", backend="torch", device="cpu").model.state_dict()
+    for name, array in lm.model.state_dict().items():
+        assert torch.equal(array, again[name])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tokens_are_those_of_the_plain_loop_in_any_batch(path: Path, seed: int) -> None:
+    plain, native = load(path, native=False), load(path)
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(3, 61, n).tolist() for n in rng.integers(1, 30, rng.integers(1, 12))]
+    settings = {
+        "max_new_tokens": int(rng.integers(1, 20)),
+        "eos_token_id": int(rng.integers(61)),
+        "temperature": float(rng.choice([0.0, 1.0])),
+        "seed": seed,
+    }
+    expected = plain.generate(input_ids=rows, **settings)
+    found = native.generate(input_ids=rows, **settings)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_a_step_of_a_batch_has_each_row_s_own_logits_bit_by_bit(path: Path) -> None:
+    lm = load(path, dtype="bfloat16")
+    ids = np.random.default_rng(1).integers(3, 61, (9, 1))
+    together = lm.forward(ids).logits
+    for row, logits in zip(ids, together, strict=True):
+        assert np.array_equal(lm.forward(row[None]).logits[0], logits)
+
+
+def test_it_can_be_compiled_too(path: Path) -> None:
+    plain, both = load(path, native=False), load(path, compile=True)
+    settings = {"input_ids": [[5, 6, 7]], "max_new_tokens": 12, "eos_token_id": ()}
+    assert both.generate(**settings)[0].token_ids == plain.generate(**settings)[0].token_ids
+
+
+def test_another_dtype_or_device_is_refused(path: Path) -> None:
+    with pytest.raises(InputError, match="the model is float16 on cpu"):
+        load(path, dtype="float16")
+    with torch.device("meta"):
+        module = GemmaForCausalLM(CONFIG)
+    with pytest.raises(InputError, match="the model is float32 on meta"):
+        use_native(module)
+
+
+def test_without_a_compiler_loading_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma_hub.native.library import load_library
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_library.cache_clear()
+    with pytest.raises(InputError, match="option native .*no-such-compiler does not run"):
+        load(path)
+    assert fast_native._FUNCTIONS  # what was loaded before goes on working
