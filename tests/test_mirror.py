@@ -60,28 +60,11 @@ DIALECT = [
         "it.",
         "",
     ),
-    # torch has a kernel that needs no weights in memory; XLA leaves out what nobody reads.
-    ("import MASKED, Mask, Rope, attend,", "", "import Rope, attend,"),
-    ("from BACKEND.fast_attention import fused_mask\n", "", ""),
-    (
-        "from BACKEND.fast_attention import FusedMask, fused_attend\nMask = ARRAY | FusedMask\n",
-        "",
-        "",
-    ),
-    ("mask: Mask = causal", "", "mask = causal"),
-    ("mask: Mask", "", "mask: ARRAY"),
-    (
-        "\n        if not output_attentions:\n            mask = fused_mask(mask, MASKED)",
-        "",
-        "",
-    ),
-    (
-        "    if isinstance(mask, FusedMask):\n        if dropout_rate == 0:\n"
-        "            return (fused_attend(q, k, v, mask, scale), q.new_empty(0))\n"
-        "        mask = mask.visible\n",
-        "",
-        "",
-    ),
+    # torch has one more kernel that needs no weights in memory, and it takes the mask as numbers.
+    ("import MASKED, Mask,", "import Mask,", "import Mask,"),
+    ("fused_mask(visible, MASKED, self.native)", "fused_mask(visible, self.native)", "FUSED"),
+    ("if dropout_rate == 0:", "if dropout.is_off:", "if DROPOUT is off:"),
+    ("q.new_empty(0)", "jnp.empty(0)", "NOTHING"),
     ("start: int", "start: ARRAY | int", "START"),  # a traced scalar under jit
     ("nn.ModuleList(", "nnx.List(", "LIST("),
     ("nn.Parameter(torch.zeros(", "nnx.Param(jnp.zeros(", "PARAMETER(zeros("),

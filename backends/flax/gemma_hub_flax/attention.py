@@ -11,6 +11,9 @@ from jax import Array
 
 from gemma_hub.config import GemmaConfig
 from gemma_hub_flax.dropout import Dropout
+from gemma_hub_flax.fast_attention import FusedMask, fused_attend
+
+Mask = Array | FusedMask
 
 # Finite, so that a row that sees nothing is a plain average and not NaN.
 MASKED = -2.0e38
@@ -50,13 +53,17 @@ def causal_mask(valid: Array, start: Array | int, num_queries: int) -> Array:
 
 
 def attend(
-    q: Array, k: Array, v: Array, mask: Array, scale: float, dropout: Dropout
+    q: Array, k: Array, v: Array, mask: Mask, scale: float, dropout: Dropout
 ) -> tuple[Array, Array]:
     """Attention of q (B, T, N, H) over k and v (B, S, K, H) where mask (B, T, S).
 
     Returns:
         The weighted sums (B, T, N, H), and the weights (B, N, T, S) as they were before dropout.
     """
+    if isinstance(mask, FusedMask):
+        if dropout.is_off:
+            return fused_attend(q, k, v, mask, scale), jnp.empty(0)  # nobody wants the weights
+        mask = mask.visible
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
     q = q.reshape(B, T, K, N // K, H)

@@ -19,6 +19,7 @@ from gemma_hub_flax import fast_greedy, model
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, check_fits, gathered
 from gemma_hub_flax.compile_programs import Programs
 from gemma_hub_flax.devices import device_names, device_of, find_device, name_of
+from gemma_hub_flax.fast_native import use_native
 from gemma_hub_flax.fast_options import FlaxOptions
 from gemma_hub_flax.fast_shapes import (
     LastTokens,
@@ -31,7 +32,6 @@ from gemma_hub_flax.fast_shapes import (
     widened_valid,
 )
 from gemma_hub_flax.fast_state import ModuleState, Structure
-from gemma_hub_flax.linear import use_native
 from gemma_hub_flax.weights import build_module, check_dtype, export_weights, named_leaves
 
 CLASSES: dict[str, Any] = {

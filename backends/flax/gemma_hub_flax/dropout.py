@@ -13,6 +13,11 @@ class Dropout(NamedTuple):
     rate: float
     key: Array | None
 
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is ever zeroed."""
+        return self.key is None or self.rate == 0
+
     def __call__(self, x: Array) -> Array:
         if self.key is None or self.rate == 0:
             return x

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from gemma_hub.native.library import check_is_for_native
-from gemma_hub_flax.devices import device_of, name_of
-from gemma_hub_flax.fast_native import is_for_native, load_native, native_linear
+from gemma_hub_flax.fast_native import is_for_native, native_linear
 
 # XLA's CPU product of one row of 16-bit floats converts the whole weight to float32 at every call,
 # ten times slower than the read of the weight; with a few rows it does not.
@@ -107,17 +105,3 @@ class Embedding(nnx.Module):
     def scores(self, x: Array) -> Array:
         """x (..., D) times each row: what the tied head gives, (..., V)."""
         return linear(x, self.weight[...], native=self.native)
-
-
-def use_native(module: nnx.Module) -> None:
-    """Let the linear layers and the head of `module` multiply few rows by the native product.
-
-    Raises:
-        InputError: it cannot be compiled here, or the model is not what it is for.
-    """
-    weight = jax.tree.leaves(nnx.state(module, nnx.Param))[0]
-    check_is_for_native(name_of(device_of(weight)), str(weight.dtype))
-    load_native()
-    for _, part in nnx.iter_graph(module):
-        if isinstance(part, Linear | Embedding):
-            part.native = True

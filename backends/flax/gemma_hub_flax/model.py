@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from gemma_hub.config import GemmaConfig
-from gemma_hub_flax.attention import Rope, attend, causal_mask, rope, rotate
+from gemma_hub_flax.attention import Mask, Rope, attend, causal_mask, rope, rotate
 from gemma_hub_flax.cache import KeyValueCache, LayerCache, append, filled
 from gemma_hub_flax.calls import (
     finished_cache,
@@ -21,6 +21,7 @@ from gemma_hub_flax.calls import (
     token_labels,
 )
 from gemma_hub_flax.dropout import Dropout, split_key
+from gemma_hub_flax.fast_attention import fused_mask
 from gemma_hub_flax.linear import Embedding, Linear
 from gemma_hub_flax.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_flax.outputs import BaseModelOutput, HeadOutput
@@ -61,7 +62,7 @@ class Attention(nnx.Module):
         self,
         x: Array,
         turns: Rope,
-        mask: Array,
+        mask: Mask,
         cache: LayerCache | None,
         start: Array | int,
         dropout_rng: Array | None,
@@ -107,7 +108,7 @@ class Block(nnx.Module):
         self,
         x: Array,
         turns: Rope,
-        mask: Array,
+        mask: Mask,
         cache: LayerCache | None,
         start: Array | int,
         dropout_rng: Array | None,
@@ -126,9 +127,11 @@ class FlaxGemmaModel(Pretrained, nnx.Module):
     Attributes:
         gradient_checkpointing: compute each layer's activations again in the backward pass
             instead of keeping them.
+        native: compute as fast_native.py does where that is for it.
     """
 
     task = "base"
+    native = False
 
     def __init__(self, config: GemmaConfig, rngs: nnx.Rngs | None = None) -> None:
         rngs = nnx.Rngs(0) if rngs is None else rngs
@@ -182,7 +185,8 @@ class FlaxGemmaModel(Pretrained, nnx.Module):
         x = x.astype(self.embed_tokens.weight.dtype)
         x = x * jnp.full((), self.config.embedding_scale, dtype=x.dtype)
         turns = rope(call.position_ids, self.config)
-        mask = causal_mask(call.visible, call.start, x.shape[1])
+        visible = causal_mask(call.visible, call.start, x.shape[1])
+        mask: Mask = visible if output_attentions else fused_mask(visible, self.native)
         hidden_states, attentions, caches = [x], [], []
         keys = split_key(dropout_rng, len(self.layers))
         for layer, cache, key in zip(self.layers, call.layers, keys, strict=True):

@@ -20,8 +20,8 @@ from gemma_hub_torch.cache import KeyValueCache, check_fits, gathered
 from gemma_hub_torch.devices import device_names, find_device
 from gemma_hub_torch.fast_compile import compiled_step, is_step, step_arguments
 from gemma_hub_torch.fast_linear import pack_weights
+from gemma_hub_torch.fast_native import use_native
 from gemma_hub_torch.fast_options import TorchOptions
-from gemma_hub_torch.linear import use_native
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
 
 CLASSES: dict[str, Any] = {

@@ -1,22 +1,41 @@
-"""Products of few rows by gemma_hub/native/products.h, at the speed at which memory is read.
+"""Products of few rows and attention of one query a row, by the C++ of gemma_hub/native.
 
-On the CPU, in float32 and bfloat16, without a gradient. A row's result is the same bit by bit
-whatever rows are beside it. Twin: gemma_hub_flax/fast_native.py.
+Both take as long as reading the weights, or the cache, takes. On the CPU, in float32 and bfloat16,
+without a gradient. A row's result is the same bit by bit whatever rows are beside it.
+Twin: gemma_hub_flax/fast_native.py.
 """
 
 import ctypes
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gemma_hub.native.library import load_library
+from gemma_hub.native.library import check_is_for_native, load_library
 
 MOST_ROWS = 16
 """Up to so many, the product takes no longer than those of PyTorch."""
 
-_SOURCE = Path(__file__).with_name("fast_products.cpp")
-_FUNCTIONS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
+_SOURCE = Path(__file__).with_name("fast_native.cpp")
+_PRODUCT = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+_ATTEND = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int]
+_PRODUCTS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
+_ATTENTIONS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
+
+
+def use_native(module: nn.Module) -> None:
+    """Let `module` and its parts multiply few rows, and attend from one query a row, natively.
+
+    Raises:
+        InputError: it cannot be compiled here, or the model is not what it is for.
+    """
+    weight = next(module.parameters())
+    check_is_for_native(str(weight.device), str(weight.dtype).removeprefix("torch."))
+    load_native()
+    for part in module.modules():
+        if hasattr(part, "native"):
+            cast(Any, part).native = True
 
 
 def load_native() -> None:
@@ -27,10 +46,14 @@ def load_native() -> None:
     """
     library = load_library(_SOURCE, ("-fopenmp",))
     for dtype in (torch.float32, torch.bfloat16):
-        function = library[f"product_{str(dtype).removeprefix('torch.')}"]
-        function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
-        function.restype = None
-        _FUNCTIONS[dtype] = function
+        name = str(dtype).removeprefix("torch.")
+        _PRODUCTS[dtype] = _function(library[f"product_{name}"], _PRODUCT)
+        _ATTENTIONS[dtype] = _function(library[f"attend_{name}"], _ATTEND)
+
+
+def _function(function: Any, argtypes: list[Any]) -> Any:
+    function.argtypes, function.restype = argtypes, None
+    return function
 
 
 def is_for_native(x: Tensor, weight: Tensor) -> bool:
@@ -38,7 +61,7 @@ def is_for_native(x: Tensor, weight: Tensor) -> bool:
     return (
         x.numel() <= MOST_ROWS * weight.shape[1]
         and x.dtype == weight.dtype
-        and x.dtype in _FUNCTIONS
+        and x.dtype in _PRODUCTS
         and x.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and weight.is_contiguous()
@@ -59,16 +82,47 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     (rows, size_in), size_out = x.shape, weight.shape[0]
     y = torch.empty(rows, size_out, dtype=x.dtype)
     pointers = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-    _FUNCTIONS[x.dtype](*pointers, rows, size_in, size_out, torch.get_num_threads())
+    _PRODUCTS[x.dtype](*pointers, rows, size_in, size_out, torch.get_num_threads())
     return y
 
 
-def _shape(x: Tensor, weight: Tensor) -> Tensor:
+def native_attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Attention of q (B, N, H) over k and v (B, S, K, H) where visible (B, S); no gradient.
+
+    A row that sees nothing has the average of v.
+
+    Returns:
+        The weighted sums, (B, N, H).
+    """
+    attend = torch.ops.gemma_hub.attend if torch.compiler.is_compiling() else _attend
+    out: Tensor = attend(q.contiguous(), k, v, visible.contiguous(), scale)
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    (B, N, H), (S, K) = q.shape, k.shape[1:3]
+    if k.stride() != v.stride() or k.stride()[1:] != (K * H, H, 1):
+        k, v = k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), visible.data_ptr(), out.data_ptr()
+    sizes = B, S, N, K, H, k.stride(0)
+    _ATTENTIONS[q.dtype](*pointers, *sizes, scale, torch.get_num_threads())
+    return out
+
+
+def _product_shape(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _attend_shape(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(q)
 
 
 # A graph of torch.compile can call what PyTorch knows by name.
 _OPERATIONS = torch.library.Library("gemma_hub", "DEF")
 _OPERATIONS.define("product(Tensor x, Tensor weight) -> Tensor")
+_OPERATIONS.define("attend(Tensor q, Tensor k, Tensor v, Tensor visible, float scale) -> Tensor")
 _OPERATIONS.impl("product", _product, "CPU")
-torch.library.register_fake("gemma_hub::product", _shape, lib=_OPERATIONS)
+_OPERATIONS.impl("attend", _attend, "CPU")
+torch.library.register_fake("gemma_hub::product", _product_shape, lib=_OPERATIONS)
+torch.library.register_fake("gemma_hub::attend", _attend_shape, lib=_OPERATIONS)

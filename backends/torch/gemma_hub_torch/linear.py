@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma_hub.native.library import check_is_for_native
 from gemma_hub_torch.fast_linear import (
     is_float32_inference,
     is_one_row,
@@ -15,7 +14,7 @@ from gemma_hub_torch.fast_linear import (
     onednn_linear,
     packed_linear,
 )
-from gemma_hub_torch.fast_native import is_for_native, load_native, native_linear
+from gemma_hub_torch.fast_native import is_for_native, native_linear
 
 
 def linear(
@@ -86,17 +85,3 @@ class Embedding(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """x (..., D) times each row: what the tied head gives, (..., V)."""
         return linear(x, self.weight, native=self.native)
-
-
-def use_native(module: nn.Module) -> None:
-    """Let the linear layers and the head of `module` multiply few rows by the native product.
-
-    Raises:
-        InputError: it cannot be compiled here, or the model is not what it is for.
-    """
-    weight = next(module.parameters())
-    check_is_for_native(str(weight.device), str(weight.dtype).removeprefix("torch."))
-    load_native()
-    for part in module.modules():
-        if isinstance(part, Linear | Embedding):
-            part.native = True

@@ -116,9 +116,11 @@ class GemmaModel(Pretrained, nn.Module):
     Attributes:
         gradient_checkpointing: compute each layer's activations again in the backward pass
             instead of keeping them.
+        native: compute as fast_native.py does where that is for it.
     """
 
     task = "base"
+    native = False
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -169,9 +171,8 @@ class GemmaModel(Pretrained, nn.Module):
         x = x.to(self.embed_tokens.weight.dtype)
         x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         turns = rope(call.position_ids, self.config)
-        mask: Mask = causal_mask(call.visible, call.start, x.shape[1])
-        if not output_attentions:
-            mask = fused_mask(mask, MASKED)
+        visible = causal_mask(call.visible, call.start, x.shape[1])
+        mask: Mask = visible if output_attentions else fused_mask(visible, MASKED, self.native)
         hidden_states, attentions, caches = [x], [], []
         for layer, cache in zip(self.layers, call.layers, strict=True):
             run = remat(layer) if self.gradient_checkpointing else layer

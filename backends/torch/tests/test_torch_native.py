@@ -17,8 +17,8 @@ from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
 from gemma_hub_torch import GemmaForCausalLM, GemmaForSequenceClassification, fast_native
 from gemma_hub_torch import linear as linear_module
-from gemma_hub_torch.fast_native import MOST_ROWS, load_native, native_linear
-from gemma_hub_torch.linear import Embedding, Linear, linear, use_native
+from gemma_hub_torch.fast_native import MOST_ROWS, load_native, native_linear, use_native
+from gemma_hub_torch.linear import Embedding, Linear, linear
 
 CONFIG = GemmaConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -300,6 +300,6 @@ def test_without_a_compiler_loading_says_so(path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()
-    with pytest.raises(InputError, match="option native .*no-such-compiler does not run"):
+    with pytest.raises(InputError, match=r"option native .*no-such-compiler does not run"):
         load(path)
-    assert fast_native._FUNCTIONS  # what was loaded before goes on working
+    assert fast_native._PRODUCTS  # what was loaded before goes on working
