@@ -158,8 +158,8 @@ class Gemma:
             seed: of a new head, which is the same for every backend.
             verify: compute the probe beside the weights again, and refuse a model that differs
                 from it by more than rounding. `verification` of what is returned has the figures.
-            backend_options: options that this one backend has, by its own names, such as
-                {"pack_weights": True} of torch.
+            backend_options: what this backend has for itself, by its own names, such as
+                {"native": True} of torch and flax.
 
         Returns:
             A CausalLM, BaseModel, SequenceClassifier or TokenClassifier.
@@ -247,7 +247,7 @@ def _checked_options(options: Any) -> dict[str, Any]:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise InputError(
-            f'backend_options is {options!r}; expected names with values: {{"pack_weights": True}}.'
+            f'backend_options is {options!r}; expected names with values: {{"native": True}}.'
         )
     return dict(options)
 

@@ -167,13 +167,13 @@ def test_options_reach_the_backend(backend, checkpoint):
 
 
 def test_options_of_the_backend_s_own_reach_it(backend, checkpoint):
-    own = {"pack_weights": True}
+    own = {"native": True}
     gemma_hub.Gemma.load(checkpoint, backend_options=own)
-    own["pack_weights"] = False
-    assert backend.built[0][3].extra == {"pack_weights": True}
+    own["native"] = False
+    assert backend.built[0][3].extra == {"native": True}
 
 
-@pytest.mark.parametrize("own", [["pack_weights"], "pack_weights", True, {1: True}])
+@pytest.mark.parametrize("own", [["native"], "native", True, {1: True}])
 def test_options_of_the_backend_s_own_have_names(backend, checkpoint, own):
     with pytest.raises(InputError, match="expected names with values"):
         gemma_hub.Gemma.load(checkpoint, backend_options=own)

@@ -48,11 +48,6 @@ def run_bench(
         )
     if len(set(backends)) < len(backends) or len(set(peers)) < len(peers):
         raise InputError("A backend or a peer is named twice. Name each once.")
-    if settings.backend_options and not backends:
-        raise InputError(
-            "--option is for backends and none is measured. Leave it out, or name one with "
-            "--backend."
-        )
     table = read_peers(peers_dir) if peers or (peers_dir / TABLE).is_file() else {}
     others = chosen(table, peers)
     _check_backends(backends)

@@ -33,10 +33,10 @@ def bench(*arguments: str):
 def test_options_reach_the_backend(checkpoint, tmp_path):
     asked = f"--model {checkpoint} --backend torch --dtype float32 --prompt 6 --new 2 --batch 2"
     asked += f" --rounds 1 --repeats 1 --peers-dir {tmp_path}"
-    right = bench(*asked.split(), "--option", "pack_weights=true")
+    right = bench(*asked.split(), "--option", "native=true")
     assert right.exit_code == 0, right.output
-    assert "option pack_weights=True" in right.output
-    wrong = bench(*asked.split(), "--option", "pack_weights=1")
+    assert "option native=True" in right.output
+    wrong = bench(*asked.split(), "--option", "native=1")
     assert wrong.exit_code == 1
     assert "expected True or False" in " ".join(wrong.output.split())
 
@@ -148,7 +148,6 @@ def test_measuring_imports_nothing_of_gemma_hub():
         ("--dtype int4", "There is no dtype 'int4'"),
         ("--backend nowhere", "nowhere"),
         ("--backend x --backend x", "named twice"),
-        ("--backend torch --backend flax --option compile=true", "--option is for one backend"),
         ("--model no-such-folder", "no-such-folder"),
         ("--peer good --peers-dir no-such-folder", "bench/peers"),
         ("--peer goud --peers-dir {peers}", "Did you mean 'good'"),

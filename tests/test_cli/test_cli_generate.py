@@ -109,12 +109,12 @@ def test_drafts_are_options(cli, fake_lm):
 def test_the_draft_is_loaded_like_the_model(cli, fake_lm, how):
     result = cli(
         "generate", "tiny", "Once", "--draft", "small", "--dtype", "bfloat16", "--option",
-        "pack_weights=true", how,
+        "native=true", how,
     )  # fmt: skip
     assert fake_lm.sources == ["tiny", "small"]
     assert fake_lm.loaded == {
         "source": "small", "task": "causal_lm", "backend": None, "dtype": "bfloat16",
-        "device": "auto", "backend_options": {"pack_weights": True},
+        "device": "auto", "backend_options": {"native": True},
     }  # fmt: skip
     assert fake_lm.asked[0]["draft"] is fake_lm
     if how == "--json":

@@ -134,12 +134,12 @@ def test_every_option_reaches_the_model(cli, lm, prompts, monkeypatch):
         "cpu", "--batch-size", "3", "--max-new-tokens", "5", "--temperature", "0.5", "--top-k", "9",
         "--top-p", "0.9", "--min-p", "0.1", "--typical-p", "0.8", "--repetition-penalty", "1.2",
         "--no-repeat-ngram-size", "3", "--min-new-tokens", "2", "--stop", "a", "--stop", "b",
-        "--seed", "11", "--logprobs", "--option", "pack_weights=true",
+        "--seed", "11", "--logprobs", "--option", "native=true",
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "")
     assert lm.loaded == [
         {"source": "tiny", "backend": "flax", "task": "causal_lm", "dtype": "bfloat16",
-         "device": "cpu", "backend_options": {"pack_weights": True}}
+         "device": "cpu", "backend_options": {"native": True}}
     ]  # fmt: skip
     assert asked == [
         {"given": [], "batch_size": 3, "progress": None, "max_new_tokens": 5, "temperature": 0.5,

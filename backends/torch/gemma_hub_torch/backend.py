@@ -19,7 +19,6 @@ from gemma_hub_torch import model
 from gemma_hub_torch.cache import KeyValueCache, check_fits, gathered
 from gemma_hub_torch.devices import device_names, find_device
 from gemma_hub_torch.fast_compile import compiled_step, is_step, step_arguments
-from gemma_hub_torch.fast_linear import pack_weights
 from gemma_hub_torch.fast_native import use_native
 from gemma_hub_torch.fast_options import TorchOptions
 from gemma_hub_torch.weights import build_module, check_dtype, export_weights, named_parameters
@@ -57,8 +56,6 @@ class TorchBackend:
         check_weights(config, task.name, weights)
         device = find_device(options.device)
         module = build_module(CLASSES[task.name], config, weights, options.dtype, device)
-        if chosen.pack_weights:
-            pack_weights(module)
         if chosen.native:
             use_native(module)
         return TorchModel(module, compiles=chosen.compile)

@@ -2,13 +2,12 @@
 
 PyTorch gives every bfloat16 product to oneDNN, whose blocked kernels are for many rows, and every
 float32 one to MKL. Generation multiplies few rows: one per text. Then a product takes as long as
-reading its weight takes, and both read a row-major weight at half the memory's speed or less. Three
-ways out:
+reading its weight takes, and both read a row-major weight at half the memory's speed or less. Two
+ways out that need no compiler (fast_native.py is the third):
 
 - `one_row_linear`: PyTorch's own matrix-vector kernel, where there is just one row, or the one that
   torch.compile makes, in float32 too;
-- `onednn_linear`: oneDNN for float32 too;
-- `pack_weights`: weights in oneDNN's blocked layout, for inference with any number of rows.
+- `onednn_linear`: oneDNN for float32 too.
 
 Sums are in float32 and rounded once, as in the plain product, in another order.
 """
@@ -17,11 +16,6 @@ from threading import Lock
 
 import torch
 from torch import Tensor, nn
-
-from gemma_hub.errors import InputError
-
-# oneDNN has one blocked layout for all small numbers of rows; it asks for a typical one.
-_TYPICAL_ROWS = 8
 
 # Processors with AMX are Intel's, where MKL multiplies one row of float32 at the speed of memory.
 # On AMD's it takes twice as long.
@@ -118,54 +112,3 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) times weight (out, in), plus bias; no gradient."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., in) times a packed weight (out, in), plus bias.
-
-    Raises:
-        InputError: a gradient is asked for.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        raise InputError(
-            "This model's weights are packed, and packed weights have no gradients. Load the model "
-            "again and train it without pack_weights."
-        )
-    return onednn_linear(x, weight, bias)
-
-
-def pack_weights(module: nn.Module) -> None:
-    """Bring the weights of all linear layers into oneDNN's blocked layout, in place.
-
-    For inference on a CPU with more than one row. The parameters keep their names, shapes and
-    values, are exported and saved as before, and are no longer trainable. A packed weight takes the
-    place of the plain one, so that there is still one copy; but it is private memory, where a
-    weight that is mapped from a file is not. The embedding stays as it is, also where it is the
-    head.
-
-    Args:
-        module: a model of this package, in float32 or bfloat16.
-
-    Raises:
-        InputError: a weight is on another device, or of another type.
-    """
-    layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    for layer in layers:
-        weight = layer.weight
-        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(
-                f"A weight is {weight.dtype} on {weight.device}; only torch.float32 and "
-                "torch.bfloat16 on the CPU can be packed. Load the model with such a dtype, on "
-                "device='cpu'."
-            )
-    module.requires_grad_(False)
-    for layer in layers:
-        if not layer.weight.is_mkldnn:
-            layer.weight = nn.Parameter(packed(layer.weight), requires_grad=False)
-
-
-def packed(weight: Tensor) -> Tensor:
-    """A copy of weight (out, in) in oneDNN's layout; `to_dense` undoes it exactly."""
-    with torch.no_grad():
-        copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
-    return copy

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from gemma_hub.errors import InputError
 from gemma_hub.options import read_switches
 
 
@@ -13,12 +12,10 @@ class TorchOptions:
     """How a model is run, but for its dtype and device.
 
     Attributes:
-        pack_weights: bring the weights into a layout for several rows; see fast_linear.py.
         native: multiply few rows by C++ that is compiled for this processor; see fast_native.py.
         compile: run decoding steps of one row through torch.compile; see fast_compile.py.
     """
 
-    pack_weights: bool = False
     native: bool = False
     compile: bool = False
 
@@ -27,12 +24,6 @@ class TorchOptions:
         """The options that `extra` names; the others have their defaults.
 
         Raises:
-            InputError: an unknown name, a value of a wrong type, or two that exclude one another.
+            InputError: an unknown name, or a value of a wrong type.
         """
-        options = read_switches(cls, "torch", extra)
-        if options.pack_weights and options.compile:
-            raise InputError(
-                "The options pack_weights and compile exclude one another: packed weights are not "
-                "compiled. Give compile for one row, pack_weights for several."
-            )
-        return options
+        return read_switches(cls, "torch", extra)

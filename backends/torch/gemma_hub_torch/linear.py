@@ -12,7 +12,6 @@ from gemma_hub_torch.fast_linear import (
     is_one_row,
     one_row_linear,
     onednn_linear,
-    packed_linear,
 )
 from gemma_hub_torch.fast_native import is_for_native, native_linear
 
@@ -23,8 +22,6 @@ def linear(
     """x (..., in) times weight (out, in), plus bias; float32 accumulation, result in x's dtype."""
     if native and bias is None and is_for_native(x, weight):
         return native_linear(x, weight)
-    if weight.is_mkldnn:
-        return packed_linear(x, weight, bias)
     if is_one_row(x, weight):
         return one_row_linear(x, weight, bias)
     if is_float32_inference(x, weight):

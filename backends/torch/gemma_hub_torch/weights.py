@@ -64,8 +64,6 @@ def as_tensor(array: np.ndarray) -> Tensor:
 def as_array(tensor: Tensor) -> np.ndarray:
     """The inverse of `as_tensor`."""
     tensor = tensor.detach().cpu()
-    if tensor.is_mkldnn:
-        tensor = tensor.to_dense()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -1,26 +1,20 @@
 """The CPU's fast products give the plain ones' numbers, and are taken where they should be only."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gemma_hub import GemmaConfig
-from gemma_hub.errors import InputError
-from gemma_hub.inputs import ModelInputs
-from gemma_hub_torch import GemmaForCausalLM, GemmaForSequenceClassification, fast_linear
+from gemma_hub_torch import GemmaForCausalLM, fast_linear
 from gemma_hub_torch import linear as linear_module
-from gemma_hub_torch.backend import TorchModel
-from gemma_hub_torch.fast_linear import pack_weights
 from gemma_hub_torch.linear import linear
 
 SIZES = [(1, 1), (3, 7), (64, 512), (61, 24), (512, 64)]  # (out, in)
-PACKED_DTYPES = [torch.float32, torch.bfloat16]
 CONFIG = GemmaConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
@@ -58,7 +52,7 @@ def onednn_is_on() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each product is taken."""
-    counts = {"one_row_linear": 0, "onednn_linear": 0, "packed_linear": 0}
+    counts = {"one_row_linear": 0, "onednn_linear": 0}
 
     def counted(name: str) -> Callable[..., Tensor]:
         product = getattr(fast_linear, name)
@@ -251,78 +245,6 @@ def test_what_is_left_to_pytorch_in_float32(
     with torch.no_grad():
         linear(x, weight)
     assert calls["onednn_linear"] == 1
-
-
-# -- packed weights -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 8, 40])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@torch.no_grad()
-def test_a_packed_product_is_summed_in_float32_and_rounded_once(
-    size: tuple[int, int], rows: int, dtype: torch.dtype
-) -> None:
-    weight, x = draw(*size, dtype=dtype), draw(2, rows, 2 * size[1], dtype=dtype)[..., ::2]
-    y = linear(x, fast_linear.packed(weight))
-    assert y.shape == (2, rows, size[0])
-    assert_exact_but_for_one_rounding(y, x, weight)
-
-
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
-def test_a_packed_model_has_the_plain_one_s_weights_and_numbers(
-    dtype: torch.dtype, calls: dict[str, int]
-) -> None:
-    plain, model = make_model(dtype=dtype), make_model(dtype=dtype)
-    ids = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(1))
-    pack_weights(model)
-    with torch.no_grad():
-        expected, found = plain(ids).logits, model(ids).logits
-    assert calls["packed_linear"] == 7 * CONFIG.num_hidden_layers  # the tied head stays plain
-    error = float((found - expected).norm() / expected.norm())
-    assert error < 8 * torch.finfo(dtype).eps
-    exported, original = TorchModel(model).export(), TorchModel(plain).export()
-    for name in original.names():
-        assert exported.dtype(name) == original.dtype(name)
-        assert exported.read(name).tobytes() == original.read(name).tobytes(), name
-
-
-def test_a_packed_model_is_saved_as_it_was(tmp_path: Path) -> None:
-    model = make_model(GemmaForSequenceClassification)
-    model.save_pretrained(tmp_path / "plain")
-    pack_weights(model)
-    pack_weights(model)  # a second time changes nothing
-    model.save_pretrained(tmp_path / "packed")
-    plain, packed = (tmp_path / name / "model.safetensors" for name in ("plain", "packed"))
-    assert packed.read_bytes() == plain.read_bytes()
-
-
-def test_there_is_one_copy_of_a_packed_weight() -> None:
-    model = make_model()
-    names = {name for name, _ in model.named_parameters()}
-    pack_weights(model)
-    assert {name for name, _ in model.named_parameters()} == names
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
-            assert part.weight.is_mkldnn
-            assert not part.weight.requires_grad
-
-
-def test_a_packed_model_that_is_asked_for_gradients_says_so() -> None:
-    model = make_model()
-    pack_weights(model)
-    model(torch.tensor([[5, 6]]))  # in gradient mode, but nothing asks for a gradient
-    ids = [[5, 6, 7]]
-    inputs = ModelInputs.prepare(CONFIG, ids, labels=ids)
-    with pytest.raises(InputError, match=r"packed weights have no gradients.*without pack_weights"):
-        TorchModel(model).loss_and_gradients(inputs)
-
-
-def test_weights_that_cannot_be_packed_are_refused_before_any_is() -> None:
-    model = make_model(dtype=torch.float16)
-    with pytest.raises(InputError, match=r"torch\.float16 on cpu; only torch\.float32 and"):
-        pack_weights(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # -- GELU -----------------------------------------------------------------------------------------

@@ -49,11 +49,10 @@ def program_count() -> int:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pack_weight": True}, r"no option 'pack_weight'\. Did you mean 'pack_weights'\?"),
-        ({"zzz": True}, r"no option 'zzz'\. Known: pack_weights, compile\."),
-        ({"pack_weights": 1}, "pack_weights is 1; expected True or False"),
+        ({"nativ": True}, r"no option 'nativ'\. Did you mean 'native'\?"),
+        ({"zzz": True}, r"no option 'zzz'\. Known: native, compile\."),
+        ({"native": 1}, "native is 1; expected True or False"),
         ({"compile": "yes"}, "compile is 'yes'; expected True or False"),
-        ({"compile": True, "pack_weights": True}, "exclude one another"),
     ],
 )
 def test_a_wrong_option_is_refused(path: Path, options: dict[str, Any], words: str) -> None:
@@ -62,18 +61,7 @@ def test_a_wrong_option_is_refused(path: Path, options: dict[str, Any], words: s
 
 
 def test_false_is_as_if_it_were_not_given() -> None:
-    assert TorchOptions.read({"compile": False, "pack_weights": False}) == TorchOptions.read({})
-
-
-def test_pack_weights_packs_the_linear_layers(path: Path) -> None:
-    plain, packed = load(path), load(path, pack_weights=True)
-    layer = "model.layers.0.mlp.up_proj.weight"
-    assert dict(packed.model.named_parameters())[layer].is_mkldnn
-    assert not dict(plain.model.named_parameters())[layer].is_mkldnn
-    ids = [[5, 6, 7], [8, 9]]
-    expected = plain.generate(input_ids=ids, max_new_tokens=8, eos_token_id=())
-    found = packed.generate(input_ids=ids, max_new_tokens=8, eos_token_id=())
-    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert TorchOptions.read({"compile": False, "native": False}) == TorchOptions.read({})
 
 
 IMPORTED = """
