@@ -62,7 +62,7 @@ DIALECT = [
     ),
     # torch has one more kernel that needs no weights in memory, and it takes the mask as numbers.
     ("import MASKED, Mask,", "import Mask,", "import Mask,"),
-    ("fused_mask(visible, MASKED, self.native)", "fused_mask(visible, self.native)", "FUSED"),
+    ("fused_mask(visible, MASKED, native)", "fused_mask(visible, native)", "FUSED"),
     ("if dropout_rate == 0:", "if dropout.is_off:", "if DROPOUT is off:"),
     ("q.new_empty(0)", "jnp.empty(0)", "NOTHING"),
     ("start: int", "start: ARRAY | int", "START"),  # a traced scalar under jit

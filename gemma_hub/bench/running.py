@@ -150,7 +150,7 @@ def prepare(
             subject.python = python_of(peer, cache / "environments")
             if peer.format != "huggingface":
                 source = Path(subject.request["checkpoint"])
-                target = _converted(source, subject.dtype, peer.format, config, cache)
+                target = converted(source, subject.dtype, peer.format, config, cache)
                 subject.request["checkpoint"] = str(target)
         except EnvironmentProblem as problem:
             subject.error = failed[peer.name] = str(problem)
@@ -158,7 +158,8 @@ def prepare(
             subject.error = str(error)
 
 
-def _converted(source: Path, dtype: str, to: str, config: GemmaConfig, cache: Path) -> Path:
+def converted(source: Path, dtype: str, to: str, config: GemmaConfig, cache: Path) -> Path:
+    """The checkpoint in another format, made in `cache` unless it is there."""
     target = cache / "checkpoints" / f"{source.name}-{dtype}-{to}"
     if to == "gguf":
         target = target.with_name(f"{target.name}.gguf")

@@ -24,6 +24,7 @@ MOST_ROWS = 16
 
 _SOURCE = Path(__file__).with_name("fast_native.cpp")
 _TARGETS = ("gemma_hub_product", "gemma_hub_attend")
+_DTYPES: list[Any] = []
 
 
 def use_native(module: nnx.Module) -> None:
@@ -49,15 +50,17 @@ def load_native() -> None:
     library = load_library(_SOURCE, (f"-I{jax.ffi.include_dir()}",))
     for name in _TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
+    _DTYPES[:] = jnp.float32, jnp.bfloat16
+
+
+def has_native(dtype: jnp.dtype) -> bool:
+    """Whether the functions of this dtype are there: not in a process that has not loaded them."""
+    return dtype in _DTYPES
 
 
 def is_for_native(x: Array, weight: Array) -> bool:
     """Whether `native_linear` is for x (..., in) times weight (out, in)."""
-    return (
-        x.size <= MOST_ROWS * weight.shape[1]
-        and x.dtype == weight.dtype
-        and x.dtype in (jnp.float32, jnp.bfloat16)
-    )
+    return x.size <= MOST_ROWS * weight.shape[1] and x.dtype == weight.dtype and has_native(x.dtype)
 
 
 def native_linear(x: Array, weight: Array) -> Array:

@@ -22,6 +22,7 @@ from gemma_hub_flax.calls import (
 )
 from gemma_hub_flax.dropout import Dropout, split_key
 from gemma_hub_flax.fast_attention import fused_mask
+from gemma_hub_flax.fast_native import has_native
 from gemma_hub_flax.linear import Embedding, Linear
 from gemma_hub_flax.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_flax.outputs import BaseModelOutput, HeadOutput
@@ -186,7 +187,8 @@ class FlaxGemmaModel(Pretrained, nnx.Module):
         x = x * jnp.full((), self.config.embedding_scale, dtype=x.dtype)
         turns = rope(call.position_ids, self.config)
         visible = causal_mask(call.visible, call.start, x.shape[1])
-        mask: Mask = visible if output_attentions else fused_mask(visible, self.native)
+        native = self.native and has_native(x.dtype)
+        mask: Mask = visible if output_attentions else fused_mask(visible, native)
         hidden_states, attentions, caches = [x], [], []
         keys = split_key(dropout_rng, len(self.layers))
         for layer, cache, key in zip(self.layers, call.layers, keys, strict=True):

@@ -14,9 +14,17 @@ from jax import Array
 
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
-from gemma_hub_flax import FlaxGemmaForCausalLM
+from gemma_hub_flax import FlaxGemmaForCausalLM, fast_attention, fast_native
 from gemma_hub_flax import linear as linear_module
-from gemma_hub_flax.fast_native import MOST_ROWS, load_native, native_linear, use_native
+from gemma_hub_flax.attention import attend
+from gemma_hub_flax.dropout import Dropout
+from gemma_hub_flax.fast_native import (
+    MOST_ROWS,
+    load_native,
+    native_attend,
+    native_linear,
+    use_native,
+)
 from gemma_hub_flax.linear import Embedding, Linear, linear
 
 CONFIG = GemmaConfig(
@@ -123,6 +131,77 @@ def test_its_derivatives_are_those_of_the_plain_product(seed: int) -> None:
     np.testing.assert_allclose(rows, native(x, weight), rtol=1e-6)
 
 
+# -- attention ------------------------------------------------------------------------------------
+
+
+def draw_attention(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+    rows, slots, heads, kv_heads, size = shape
+    q, k = draw(rows, heads, size, dtype=dtype), draw(rows, slots, kv_heads, size, dtype=dtype)
+    v = draw(rows, slots, size, kv_heads, dtype=dtype).swapaxes(2, 3)
+    visible = np.random.default_rng(slots).random((rows, slots)) < 0.8
+    visible[0, : 2 * slots // 3], visible[0, -1] = False, True
+    return q, k, v, jnp.asarray(visible)
+
+
+def plain_attend(q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
+    dropout = Dropout(0.0, None)
+    return attend(q[:, None], k, v, visible[:, None], scale, dropout)[0][:, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 2), (2, 5, 4, 2, 8), (2, 129, 9, 1, 40), (3, 300, 24, 2, 6)], ids=str
+)
+def test_attention_is_that_of_the_model(shape: tuple[int, ...], dtype: Any) -> None:
+    inputs = draw_attention(shape, dtype)
+    found, expected = native_attend(*inputs, 0.4), plain_attend(*inputs, 0.4)
+    assert found.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32),
+        rtol=4 * eps, atol=max(2 * eps, 3e-6),
+    )  # fmt: skip
+
+
+def test_the_derivatives_of_attention_are_those_of_the_model() -> None:
+    q, k, v, visible = draw_attention((2, 9, 4, 2, 8), jnp.float32)
+    tangents = tuple(draw(*x.shape[::-1]).T.reshape(x.shape) for x in (q, k, v))
+
+    def native(q: Array, k: Array, v: Array) -> Array:
+        return native_attend(q, k, v, visible, 0.4)
+
+    def plain(q: Array, k: Array, v: Array) -> Array:
+        return plain_attend(q, k, v, visible, 0.4)
+
+    for one, other in zip(
+        jax.jvp(native, (q, k, v), tangents), jax.jvp(plain, (q, k, v), tangents), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    dy = draw(*q.shape)
+    for one, other in zip(jax.vjp(native, q, k, v)[1](dy), jax.vjp(plain, q, k, v)[1](dy),
+                          strict=True):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_one_query_a_row_takes_it_unless_weights_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = []
+
+    def counted(q: Array, *others: Any) -> Array:
+        taken.append(q.shape)
+        return native_attend(q, *others)
+
+    monkeypatch.setattr(fast_attention, "native_attend", counted)
+    model = FlaxGemmaForCausalLM(CONFIG)
+    use_native(model)
+    model(jnp.array([[5, 6, 7]]))
+    model(jnp.array([[5]]), output_attentions=True)
+    assert not taken
+    model(jnp.array([[5]]))
+    assert len(taken) == CONFIG.num_hidden_layers
+
+
 # -- where it is taken ----------------------------------------------------------------------------
 
 
@@ -223,6 +302,19 @@ def test_a_gradient_of_a_native_model_is_that_of_the_plain_one(path: Path) -> No
 def test_a_wrong_option_is_refused(path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         load(path, **options)
+
+
+def test_a_native_module_without_the_library_is_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[int, ...]]
+) -> None:
+    model = FlaxGemmaForCausalLM(CONFIG)
+    use_native(model)
+    expected = model(jnp.array([[5]])).logits
+    calls.clear()
+    monkeypatch.setattr(fast_native, "_DTYPES", [])  # as in a process that has not loaded it
+    monkeypatch.delattr(fast_attention, "native_attend")
+    np.testing.assert_allclose(model(jnp.array([[5]])).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not calls
 
 
 def test_another_dtype_is_refused(path: Path) -> None:

@@ -56,12 +56,17 @@ def _function(function: Any, argtypes: list[Any]) -> Any:
     return function
 
 
+def has_native(dtype: torch.dtype) -> bool:
+    """Whether the functions of this dtype are there: not in a process that has not loaded them."""
+    return dtype in _PRODUCTS
+
+
 def is_for_native(x: Tensor, weight: Tensor) -> bool:
     """Whether `native_linear` is for x (..., in) times weight (out, in)."""
     return (
         x.numel() <= MOST_ROWS * weight.shape[1]
         and x.dtype == weight.dtype
-        and x.dtype in _PRODUCTS
+        and has_native(x.dtype)
         and x.device.type == "cpu"
         and type(weight) in (nn.Parameter, Tensor)
         and weight.is_contiguous()

@@ -21,6 +21,7 @@ from gemma_hub_torch.calls import (
 )
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.fast_attention import fused_mask
+from gemma_hub_torch.fast_native import has_native
 from gemma_hub_torch.linear import Embedding, Linear
 from gemma_hub_torch.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_torch.outputs import BaseModelOutput, HeadOutput
@@ -172,7 +173,8 @@ class GemmaModel(Pretrained, nn.Module):
         x = x * torch.full((), self.config.embedding_scale, dtype=x.dtype, device=x.device)
         turns = rope(call.position_ids, self.config)
         visible = causal_mask(call.visible, call.start, x.shape[1])
-        mask: Mask = visible if output_attentions else fused_mask(visible, MASKED, self.native)
+        native = self.native and has_native(x.dtype)
+        mask: Mask = visible if output_attentions else fused_mask(visible, MASKED, native)
         hidden_states, attentions, caches = [x], [], []
         for layer, cache in zip(self.layers, call.layers, strict=True):
             run = remat(layer) if self.gradient_checkpointing else layer

@@ -4,6 +4,8 @@ import ctypes
 import mmap
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,20 @@ from torch import Tensor
 
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
-from gemma_hub_torch import GemmaForCausalLM, GemmaForSequenceClassification, fast_native
+from gemma_hub_torch import (
+    GemmaForCausalLM,
+    GemmaForSequenceClassification,
+    fast_attention,
+    fast_native,
+)
 from gemma_hub_torch import linear as linear_module
-from gemma_hub_torch.fast_native import MOST_ROWS, load_native, native_linear, use_native
+from gemma_hub_torch.fast_native import (
+    MOST_ROWS,
+    load_native,
+    native_attend,
+    native_linear,
+    use_native,
+)
 from gemma_hub_torch.linear import Embedding, Linear, linear
 
 CONFIG = GemmaConfig(
@@ -150,6 +163,120 @@ def test_a_slice_of_a_mapped_weight_may_begin_anywhere() -> None:
     assert torch.equal(y, native_linear(x.clone(), weight.clone()))
 
 
+# -- attention ------------------------------------------------------------------------------------
+
+# (rows, slots, heads, key/value heads, head size): around pieces of 128 slots, groups of 8 heads
+# that share keys, and the vectors' lanes
+SHAPES = [
+    (1, 1, 1, 1, 2), (2, 5, 4, 2, 8), (1, 127, 8, 1, 64), (3, 128, 4, 4, 24), (2, 129, 9, 1, 40),
+    (2, 400, 24, 2, 6), (1, 300, 8, 1, 256),
+]  # fmt: skip
+
+
+def draw_attention(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, and k, v and a mask that are the first slots of larger arrays."""
+    rows, slots, heads, kv_heads, size = shape
+    q = draw(rows, heads, size, dtype=dtype)
+    k = draw(rows, slots + 3, kv_heads, size, dtype=dtype)[:, :slots]
+    v = draw(rows, slots + 3, size, kv_heads, dtype=dtype).transpose(2, 3).contiguous()[:, :slots]
+    visible = torch.rand(rows, slots, generator=torch.Generator().manual_seed(slots)) < 0.8
+    visible[0, : 2 * slots // 3] = False
+    visible[0, -1] = True
+    return q, k, v, visible
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    rows, heads, size = q.shape
+    q, k, v = (x.double() for x in (q, k, v))
+    q = q.reshape(rows, k.shape[2], -1, size)
+    scores = torch.einsum("bkgh,bskh->bkgs", q, k) * scale
+    probs = torch.where(visible[:, None, None], scores, -2.0e38).softmax(-1)
+    return torch.einsum("bkgs,bskh->bkgh", probs, v).reshape(rows, heads, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.no_grad()
+def test_attention_is_in_float32_and_rounded_once(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    q, k, v, visible = draw_attention(shape, dtype)
+    for scale in (shape[-1] ** -0.5, 1.5):
+        found = native_attend(q, k, v, visible, scale)
+        exact = exact_attention(q, k, v, visible, scale)
+        assert found.dtype == dtype
+        # The scores' own rounding is multiplied by the exponential.
+        sums = 3e-6 * (1 + scale * shape[-1] ** 0.5) * v.double().abs().amax()
+        rounding = exact.abs() * torch.finfo(dtype).eps / 2
+        assert bool(((found.double() - exact).abs() <= 1.01 * rounding + sums).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_row_that_sees_nothing_averages(dtype: torch.dtype) -> None:
+    q, k, v, visible = draw_attention((2, 200, 4, 2, 8), dtype)
+    visible[1] = False
+    found = native_attend(q, k, v, visible, 0.3)[1]
+    mean = v[1].double().mean(0).repeat_interleave(2, 0)
+    torch.testing.assert_close(found.double(), mean, atol=2e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_attention_is_the_same_bit_by_bit_beside_other_rows_and_on_more_threads(
+    dtype: torch.dtype,
+) -> None:
+    q, k, v, visible = draw_attention((5, 300, 8, 2, 24), dtype)
+    alone = [
+        native_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], visible[i : i + 1], 0.2)
+        for i in range(5)
+    ]
+    before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(native_attend(q, k, v, visible, 0.2), torch.cat(alone))
+        finally:
+            torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_what_a_query_does_not_see_changes_nothing_and_a_nan_that_it_sees_shows() -> None:
+    q, k, v, visible = draw_attention((2, 300, 4, 2, 8), torch.float32)
+    expected = native_attend(q, k, v, visible, 0.3)
+    other_k, other_v = (torch.where(visible[..., None, None], x, 1e30) for x in (k, v))
+    assert torch.equal(native_attend(q, other_k, other_v, visible, 0.3), expected)
+    k = k.clone()
+    k[1, 299, 0, 3], visible[1, 299] = torch.nan, True
+    found = native_attend(q, k, v, visible, 0.3)
+    assert torch.equal(found[0], expected[0])
+    assert found[1, :2].isnan().all()
+    assert found[1, 2:].isfinite().all()
+
+
+@torch.no_grad()
+def test_keys_in_another_layout_are_read_right() -> None:
+    q, k, v, visible = draw_attention((2, 40, 4, 2, 8), torch.float32)
+    turned = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(
+        native_attend(q, turned, v, visible, 0.3), native_attend(q, k, v, visible, 0.3)
+    )
+
+
+@torch.no_grad()
+def test_exponentials_are_right_to_the_last_places() -> None:
+    # One key of zeros and one that scores x: the second weighs exp(x), relative to the first.
+    scores = torch.linspace(-90, 0, 4001)
+    q = scores.reshape(-1, 1, 1)
+    k = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(len(scores), -1, -1, -1).contiguous()
+    visible = torch.ones(len(scores), 2, dtype=torch.bool)
+    found = native_attend(q, k, k, visible, 1.0).flatten().double()
+    exact = torch.sigmoid(scores.double())
+    shown = scores > -86  # below it is 0, or nearly
+    assert bool(((found - exact).abs() <= 4e-7 * exact)[shown].all())
+    assert bool((found[~shown] <= 1e-37).all())
+
+
 # -- where it is taken ----------------------------------------------------------------------------
 
 
@@ -160,6 +287,36 @@ def test_a_step_takes_it_for_every_matrix(dtype: torch.dtype, calls: list[tuple[
         model(torch.tensor([[5]] * MOST_ROWS))
     assert len(calls) == 7 * CONFIG.num_hidden_layers + 1
     assert calls[-1] == (CONFIG.vocab_size, CONFIG.hidden_size)  # the head
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the keys for which the attention is taken."""
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+        shapes.append(tuple(k.shape))
+        return native_attend(q, k, *others)
+
+    monkeypatch.setattr(fast_attention, "native_attend", counted)
+    return shapes
+
+
+def test_one_query_a_row_takes_it_in_every_layer(attended: list[tuple[int, ...]]) -> None:
+    model, plain = make_model(), GemmaForCausalLM(CONFIG)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        cache = model(torch.tensor([[5, 6, 7]] * 3)).past_key_values
+        assert not attended
+        found = model(torch.tensor([[8]] * 3), past_key_values=cache).logits
+        assert len(attended) == CONFIG.num_hidden_layers
+        assert attended[0][:2] == (3, 4)
+        cache = plain(torch.tensor([[5, 6, 7]] * 3)).past_key_values
+        plain_out = plain(torch.tensor([[8]] * 3), past_key_values=cache)
+        torch.testing.assert_close(found, plain_out.logits, rtol=1e-4, atol=1e-4)
+        model(torch.tensor([[8]]), output_attentions=True)
+    model(torch.tensor([[8]])).logits.sum().backward()
+    assert len(attended) == CONFIG.num_hidden_layers
 
 
 def plain_rows() -> tuple[Tensor, Tensor]:
@@ -222,6 +379,8 @@ def test_torch_compile_gets_it_as_one_operation() -> None:
     assert "gemma_hub.product" in graphs[0]
     assert torch.equal(y, native_linear(x, weight))
     torch.library.opcheck(torch.ops.gemma_hub.product, (x, weight))
+    attention = draw_attention((2, 5, 4, 2, 8), torch.float32)
+    torch.library.opcheck(torch.ops.gemma_hub.attend, (*attention, 0.3))
 
 
 # -- the option -----------------------------------------------------------------------------------
@@ -284,6 +443,34 @@ def test_it_can_be_compiled_too(path: Path) -> None:
     plain, both = load(path, native=False), load(path, compile=True)
     settings = {"input_ids": [[5, 6, 7]], "max_new_tokens": 12, "eos_token_id": ()}
     assert both.generate(**settings)[0].token_ids == plain.generate(**settings)[0].token_ids
+
+
+PICKLED = """
+import sys
+import torch
+model = torch.load(sys.argv[1], weights_only=False)
+assert model.model.native
+with torch.no_grad():
+    torch.save(model(torch.tensor([[5]])).logits, sys.argv[2])
+"""
+
+
+def test_a_native_module_in_a_process_without_the_library_is_a_plain_one(tmp_path: Path) -> None:
+    model = make_model()
+    torch.save(model, tmp_path / "module.pt")
+    files = [tmp_path / "module.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", PICKLED, *files], check=True, timeout=120)
+    with torch.no_grad():
+        expected = model(torch.tensor([[5]])).logits
+    torch.testing.assert_close(torch.load(files[1]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_native_module_may_be_brought_to_another_dtype() -> None:
+    model = make_model()
+    expected = model(torch.tensor([[5]])).logits
+    found = model.double()(torch.tensor([[5]])).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_another_dtype_or_device_is_refused(path: Path) -> None:
