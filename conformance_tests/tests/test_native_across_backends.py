@@ -25,7 +25,8 @@ def _compiler() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "flax"])
 def test_the_backend_with_native_products_is_certified(name, oracle):
-    subject = dataclasses.replace(load_subject(name), extra={"native": True})
+    dtypes = ("float32", "bfloat16")  # those that the option is for
+    subject = dataclasses.replace(load_subject(name), dtypes=dtypes, extra={"native": True})
     report = run_conformance(subject, oracle=oracle)
     stream = io.StringIO()
     report.print(Console(file=stream, width=120))
