@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default="torch,flax")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--native", action="store_true", help="with the option native")
     parser.add_argument("--positions", default="100,1000,2000,4000,8000")
     parser.add_argument("--cache", type=Path, default=cache_folder("bench"))
     arguments = parser.parse_args()
@@ -40,7 +41,8 @@ def main() -> None:
     print("| backend | position | ms a token | ms more for each MB of the cache |")
     print("|---|---|---|---|")
     for backend in arguments.backends.split(","):
-        lm = Gemma.load(folder, backend=backend, dtype=arguments.dtype)
+        own = {"native": True} if arguments.native else {}
+        lm = Gemma.load(folder, backend=backend, dtype=arguments.dtype, backend_options=own)
         found = {position: _step_seconds(lm, position) for position in positions}
         for position, seconds in found.items():
             more = (position - positions[0]) * bytes_each / 1e6

@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "products.h"
@@ -115,6 +116,12 @@ class Attention {
       most = x > most ? x : most;
     }
     const float largest = *std::max_element((float*)&most, (float*)&most + LANES);
+    if (largest == NOTHING) {  // infinitely small ones, which weigh nothing, or none is a number
+      const float all = std::accumulate(to, to + PIECE, 0.0f);
+      most_[place] = all == all ? NOTHING : 0.0f;
+      sum_[place] = all;
+      return;
+    }
     for (int64_t s = 0; s < PIECE; s += LANES) {
       const Floats y = exp_of_negative(load<Floats>(to + s) - largest);
       sum += y;

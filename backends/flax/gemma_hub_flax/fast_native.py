@@ -84,6 +84,7 @@ def _tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tup
     return _product(x, weight), tangent
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
 def native_attend(q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
     """Attention of q (B, N, H) over k and v (B, S, K, H) where visible (B, S).
 
@@ -92,18 +93,13 @@ def native_attend(q: Array, k: Array, v: Array, visible: Array, scale: float) ->
     Returns:
         The weighted sums, (B, N, H).
     """
-    return _attend(q, k, v, visible, scale)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, visible: Array, scale: float) -> Array:
     shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     call = jax.ffi.ffi_call("gemma_hub_attend", shape, vmap_method="sequential")
     out: Array = call(q, k, v, visible, scale=np.float32(scale))
     return out
 
 
-@_attend.defjvp
+@native_attend.defjvp
 def _attend_tangent(
     scale: float, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
@@ -118,4 +114,4 @@ def _attend_tangent(
         return jnp.einsum("bkgs,bskh->bkgh", probs, values).reshape(B, N, H).astype(q.dtype)
 
     _, tangent = jax.jvp(plain, (q, k, v), tangents[:3])
-    return _attend(q, k, v, visible, scale), tangent
+    return native_attend(q, k, v, visible, scale), tangent

@@ -1,24 +1,14 @@
-// gemma_hub/native/products.h for PyTorch: on its threads, which are OpenMP's.
+// gemma_hub/native for PyTorch: on its threads, which are OpenMP's.
 
 #include "attention.h"
 
 template <class T>
-static void run(const void* weight, const void* x, void* y, int64_t rows, int64_t in, int64_t out,
+static void multiply(const void* weight, const void* x, void* y, int64_t rows, int64_t in, int64_t out,
                 int threads) {
   const gemma_hub::Product<T> product(static_cast<const T*>(weight), static_cast<const T*>(x),
                                       static_cast<T*>(y), rows, in, out);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int t = 0; t < threads; t++) product.columns(out * t / threads, out * (t + 1) / threads);
-}
-
-extern "C" void product_float32(const void* weight, const void* x, void* y, int64_t rows,
-                                int64_t in, int64_t out, int threads) {
-  run<float>(weight, x, y, rows, in, out, threads);
-}
-
-extern "C" void product_bfloat16(const void* weight, const void* x, void* y, int64_t rows,
-                                 int64_t in, int64_t out, int threads) {
-  run<gemma_hub::BFloat16>(weight, x, y, rows, in, out, threads);
 }
 
 template <class T>
@@ -32,12 +22,18 @@ static void attend(const void* q, const void* keys, const void* values, const vo
   attention.finish();
 }
 
-#define DEFINE_ATTEND(NAME, T)                                                                  \
-  extern "C" void NAME(const void* q, const void* keys, const void* values, const void* visible, \
-                       void* out, int64_t rows, int64_t slots, int64_t heads, int64_t kv_heads,  \
-                       int64_t size, int64_t row_stride, float scale, int threads) {             \
-    attend<T>(q, keys, values, visible, out,                                                     \
-              {rows, slots, heads, kv_heads, size, row_stride, scale}, threads);                 \
+#define DEFINE(NAME, T)                                                                           \
+  extern "C" void product_##NAME(const void* weight, const void* x, void* y, int64_t rows,        \
+                                 int64_t in, int64_t out, int threads) {                          \
+    multiply<T>(weight, x, y, rows, in, out, threads);                                            \
+  }                                                                                               \
+  extern "C" void attend_##NAME(const void* q, const void* keys, const void* values,              \
+                                const void* visible, void* out, int64_t rows, int64_t slots,      \
+                                int64_t heads, int64_t kv_heads, int64_t size,                    \
+                                int64_t row_stride, float scale, int threads) {                   \
+    attend<T>(q, keys, values, visible, out,                                                      \
+              {rows, slots, heads, kv_heads, size, row_stride, scale}, threads);                  \
   }
-DEFINE_ATTEND(attend_float32, float)
-DEFINE_ATTEND(attend_bfloat16, gemma_hub::BFloat16)
+
+DEFINE(float32, float)
+DEFINE(bfloat16, gemma_hub::BFloat16)

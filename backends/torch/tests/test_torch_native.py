@@ -257,6 +257,21 @@ def test_what_a_query_does_not_see_changes_nothing_and_a_nan_that_it_sees_shows(
 
 
 @torch.no_grad()
+def test_slots_that_all_score_nan_are_not_left_out_and_infinitely_small_ones_are() -> None:
+    q, k, v, visible = draw_attention((1, 300, 2, 1, 8), torch.float32)
+    visible[:] = True
+    q = q.abs()
+    expected = native_attend(q, k[:, 128:], v[:, 128:], visible[:, 128:], 0.3)
+    for value in (torch.nan, -torch.inf):
+        k[:, :128] = value  # a whole piece
+        found = native_attend(q, k, v, visible, 0.3)
+        if value != value:
+            assert found.isnan().all()
+        else:
+            torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
 def test_keys_in_another_layout_are_read_right() -> None:
     q, k, v, visible = draw_attention((2, 40, 4, 2, 8), torch.float32)
     turned = k.transpose(1, 2).contiguous().transpose(1, 2)
