@@ -166,7 +166,7 @@ def keras_hub_step(checkpoint):
     model.compile(optimizer=keras.optimizers.SGD(1e-9), loss=loss)
     ids = token_ids().astype(np.int32)
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    return lambda: float(model.train_on_batch(inputs, np.roll(ids, -1, 1)))
+    return lambda: model.train_on_batch(inputs, np.roll(ids, -1, 1))
 
 
 STEPS = {
