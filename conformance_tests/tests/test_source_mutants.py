@@ -133,15 +133,15 @@ EDITS = [
     Edit(
         "bias dropped",
         "linear.py",
-        ("linear(x, self.weight, self.bias)", "None if self.bias is None else self.bias[...]"),
-        ("linear(x, self.weight)", "None"),
+        ("self.weight, self.bias, native", "None if self.bias is None else self.bias[...]"),
+        ("self.weight, None, native", "None"),
         "L2.forward.bias.no_padding",
     ),
     Edit(
         "labels not shifted",
         "losses.py",
-        "logits[:, :-1], labels[:, 1:], num",
-        "logits, labels, num",
+        "cross_entropy(logits, following, num_items)",
+        "cross_entropy(logits, labels, num_items)",
         "L5.causal.loss.no_padding",
     ),
     Edit(

@@ -26,7 +26,9 @@ def cross_entropy(logits: Array, labels: Array, num_items: int | None = None) ->
 
 def causal_loss(logits: Array, labels: Array, num_items: int | None = None) -> Array:
     """Cross entropy of each token given those before; logits (B, T, C), labels (B, T)."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:], num_items)
+    # The last token has no next one. Its logits stay: to leave them out would copy all others.
+    following = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORED)], -1)
+    return cross_entropy(logits, following, num_items)
 
 
 def squared_error(logits: Array, targets: Array) -> Array:

@@ -22,6 +22,7 @@ _PRODUCT = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_int]
 _ATTEND = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int]
 _PRODUCTS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
 _ATTENTIONS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
+_OPERATORS = torch.library.Library("gemma_hub_torch", "FRAGMENT")
 
 
 def use_native(module: nn.Module) -> None:
@@ -45,6 +46,8 @@ def load_native() -> None:
         InputError: that fails.
     """
     library = load_library(_SOURCE, ("-fopenmp",))
+    if not _PRODUCTS:
+        _define_operators()
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         _PRODUCTS[dtype] = _function(library[f"product_{name}"], _PRODUCT)
@@ -77,7 +80,7 @@ def is_for_native(x: Tensor, weight: Tensor) -> bool:
 
 def native_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) times weight (out, in); no gradient."""
-    product = torch.ops.gemma_hub.product if torch.compiler.is_compiling() else _product
+    product = torch.ops.gemma_hub_torch.product if torch.compiler.is_compiling() else _product
     y: Tensor = product(x.reshape(-1, weight.shape[1]).contiguous(), weight)
     return y.reshape(*x.shape[:-1], -1)
 
@@ -99,7 +102,7 @@ def native_attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
     Returns:
         The weighted sums, (B, N, H).
     """
-    attend = torch.ops.gemma_hub.attend if torch.compiler.is_compiling() else _attend
+    attend = torch.ops.gemma_hub_torch.attend if torch.compiler.is_compiling() else _attend
     out: Tensor = attend(q.contiguous(), k, v, visible.contiguous(), scale)
     return out
 
@@ -123,11 +126,13 @@ def _attend_shape(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float
     return torch.empty_like(q)
 
 
-# A graph of torch.compile can call what PyTorch knows by name.
-_OPERATIONS = torch.library.Library("gemma_hub", "DEF")
-_OPERATIONS.define("product(Tensor x, Tensor weight) -> Tensor")
-_OPERATIONS.define("attend(Tensor q, Tensor k, Tensor v, Tensor visible, float scale) -> Tensor")
-_OPERATIONS.impl("product", _product, "CPU")
-_OPERATIONS.impl("attend", _attend, "CPU")
-torch.library.register_fake("gemma_hub::product", _product_shape, lib=_OPERATIONS)
-torch.library.register_fake("gemma_hub::attend", _attend_shape, lib=_OPERATIONS)
+def _define_operators() -> None:
+    """Name the functions for PyTorch: a graph of torch.compile can call what it knows by name."""
+    _OPERATORS.define("product(Tensor x, Tensor weight) -> Tensor")
+    _OPERATORS.define("attend(Tensor q, Tensor k, Tensor v, Tensor visible, float scale) -> Tensor")
+    for name, function, shape in (
+        ("product", _product, _product_shape),
+        ("attend", _attend, _attend_shape),
+    ):
+        _OPERATORS.impl(name, function, "CPU")
+        torch.library.register_fake(f"gemma_hub_torch::{name}", shape, lib=_OPERATORS)

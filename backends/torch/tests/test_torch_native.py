@@ -393,11 +393,11 @@ def test_torch_compile_gets_it_as_one_operation() -> None:
     torch.compiler.reset()
     x, weight = plain_rows()
     y = torch.compile(linear, backend=backend, fullgraph=True)(x, weight, native=True)
-    assert "gemma_hub.product" in graphs[0]
+    assert "gemma_hub_torch.product" in graphs[0]
     assert torch.equal(y, native_linear(x, weight))
-    torch.library.opcheck(torch.ops.gemma_hub.product, (x, weight))
+    torch.library.opcheck(torch.ops.gemma_hub_torch.product, (x, weight))
     attention = draw_attention((2, 5, 4, 2, 8), torch.float32)
-    torch.library.opcheck(torch.ops.gemma_hub.attend, (*attention, 0.3))
+    torch.library.opcheck(torch.ops.gemma_hub_torch.attend, (*attention, 0.3))
 
 
 # -- the option -----------------------------------------------------------------------------------
