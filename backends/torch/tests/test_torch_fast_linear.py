@@ -66,6 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in counts:
         monkeypatch.setattr(linear_module, name, counted(name))
     monkeypatch.setattr(fast_linear, "_HAS_WIDE_VECTORS", True)
+    monkeypatch.setattr(fast_linear, "_HAS_SLOW_MV", False)
     return counts
 
 
@@ -114,11 +115,13 @@ def test_other_rows_and_types_take_the_plain_product(
     assert not any(calls.values())
 
 
+@pytest.mark.parametrize("change", [{"_HAS_WIDE_VECTORS": False}, {"_HAS_SLOW_MV": True}], ids=str)
 @torch.no_grad()
-def test_a_cpu_on_which_it_was_not_measured_takes_the_plain_product(
-    calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_on_which_it_is_slow_or_was_not_measured_takes_the_plain_product(
+    change: dict[str, bool], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_linear, "_HAS_WIDE_VECTORS", False)
+    for name, value in change.items():
+        monkeypatch.setattr(fast_linear, name, value)
     linear(draw(1, 16, dtype=torch.bfloat16), draw(5, 16, dtype=torch.bfloat16))
     assert not any(calls.values())
 
