@@ -9,6 +9,8 @@ ways out that need no compiler (fast_native.py is the third):
   torch.compile makes, in float32 too;
 - `onednn_linear`: oneDNN for float32 too.
 
+And where many rows of bfloat16 are slower than as many of float32, `widened_linear` is for them.
+
 Sums are in float32 and rounded once, as in the plain product, in another order.
 """
 
@@ -16,6 +18,7 @@ from threading import Lock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gemma_hub.cache import processor
 
@@ -26,9 +29,12 @@ _HAS_MKL_FOR_ONE_ROW = torch.cpu._is_amx_tile_supported()
 # The kernels for one row were measured with these vectors only.
 _HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
-# PyTorch's own reads 33 GB/s on AMD's processors. On Intel's without AMX it reads 9, half of what
-# oneDNN does there.
-_HAS_SLOW_MV = "Intel(R)" in processor() and not torch.cpu._is_amx_tile_supported()
+# There PyTorch's own kernel for one row reads 9 GB/s, half of what oneDNN does (33 on AMD), and
+# oneDNN multiplies many rows of bfloat16 at half the rate of float32.
+_IS_INTEL_WITHOUT_AMX = "Intel(R)" in processor() and not torch.cpu._is_amx_tile_supported()
+
+_MANY_ROWS = 128  # with 64, converting the weight takes as long as it saves
+_WIDENED = 512  # rows of a weight that are in float32 at once
 
 
 class _OneDNNOff:
@@ -72,7 +78,7 @@ def is_one_row(x: Tensor, weight: Tensor) -> bool:
         and x.numel() == weight.shape[1]
         and x.device.type == "cpu"
         and _HAS_WIDE_VECTORS
-        and (compiles or not _HAS_SLOW_MV)
+        and (compiles or not _IS_INTEL_WITHOUT_AMX)
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
         and (compiles or not torch.compiler.is_compiling())
@@ -99,6 +105,33 @@ def _compiled_product(weight: Tensor, x: Tensor) -> Tensor:
     """
     product = weight.to(torch.float32) * x.to(torch.float32)
     return product.sum(-1).to(x.dtype)
+
+
+def is_widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether `widened_linear` is for x (..., in) times weight (out, in): without a gradient."""
+    return (
+        _IS_INTEL_WITHOUT_AMX
+        and x.dtype == torch.bfloat16 == weight.dtype
+        and x.numel() >= _MANY_ROWS * weight.shape[1]
+        and x.device.type == "cpu"
+        and type(weight) in (nn.Parameter, Tensor)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) times weight (out, in), plus bias, by float32 products of parts of the weight."""
+    size_out, size_in = weight.shape
+    rows, y = x.to(torch.float32), x.new_empty(*x.shape[:-1], size_out)
+    buffer = torch.empty(
+        min(_WIDENED, size_out), size_in
+    )  # a new one each time takes as long again
+    for start in range(0, size_out, _WIDENED):
+        part = slice(start, start + _WIDENED)
+        wide = buffer[: weight[part].shape[0]].copy_(weight[part])
+        y[..., part] = F.linear(rows, wide, None if bias is None else bias[part].to(torch.float32))
+    return y
 
 
 def is_float32_inference(x: Tensor, weight: Tensor) -> bool:

@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from gemma_hub_torch.fast_linear import (
     is_float32_inference,
     is_one_row,
+    is_widened,
     one_row_linear,
     onednn_linear,
+    widened_linear,
 )
 from gemma_hub_torch.fast_native import is_for_native, native_linear
 
@@ -26,6 +28,8 @@ def linear(
         return one_row_linear(x, weight, bias)
     if is_float32_inference(x, weight):
         return onednn_linear(x, weight, bias)
+    if is_widened(x, weight):
+        return widened_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

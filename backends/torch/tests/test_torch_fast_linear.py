@@ -52,7 +52,7 @@ def onednn_is_on() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each product is taken."""
-    counts = {"one_row_linear": 0, "onednn_linear": 0}
+    counts = {"one_row_linear": 0, "onednn_linear": 0, "widened_linear": 0}
 
     def counted(name: str) -> Callable[..., Tensor]:
         product = getattr(fast_linear, name)
@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for name in counts:
         monkeypatch.setattr(linear_module, name, counted(name))
     monkeypatch.setattr(fast_linear, "_HAS_WIDE_VECTORS", True)
-    monkeypatch.setattr(fast_linear, "_HAS_SLOW_MV", False)
+    monkeypatch.setattr(fast_linear, "_IS_INTEL_WITHOUT_AMX", False)
     return counts
 
 
@@ -115,7 +115,9 @@ def test_other_rows_and_types_take_the_plain_product(
     assert not any(calls.values())
 
 
-@pytest.mark.parametrize("change", [{"_HAS_WIDE_VECTORS": False}, {"_HAS_SLOW_MV": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"_HAS_WIDE_VECTORS": False}, {"_IS_INTEL_WITHOUT_AMX": True}], ids=str
+)
 @torch.no_grad()
 def test_a_cpu_on_which_it_is_slow_or_was_not_measured_takes_the_plain_product(
     change: dict[str, bool], calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
@@ -248,6 +250,42 @@ def test_what_is_left_to_pytorch_in_float32(
     with torch.no_grad():
         linear(x, weight)
     assert calls["onednn_linear"] == 1
+
+
+# -- many rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_many_rows_are_widened_in_parts_and_rounded_once(
+    has_bias: bool, calls: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_linear, "_IS_INTEL_WITHOUT_AMX", True)
+    monkeypatch.setattr(fast_linear, "_WIDENED", 24)  # 64 is no multiple of it
+    weight, x = draw(64, 40, dtype=torch.bfloat16), draw(2, 64, 40, dtype=torch.bfloat16)
+    bias = draw(64, dtype=torch.bfloat16) if has_bias else None
+    y = linear(x, weight, bias)
+    assert calls["widened_linear"] == 1
+    assert y.dtype == torch.bfloat16
+    if bias is None:
+        assert_exact_but_for_one_rounding(y, x, weight)
+    torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
+
+
+def test_what_is_not_widened(calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_linear, "_IS_INTEL_WITHOUT_AMX", True)
+    weight, x = draw(5, 16, dtype=torch.bfloat16), draw(128, 16, dtype=torch.bfloat16)
+    linear(x.requires_grad_(), weight).sum().backward()
+    with torch.no_grad():
+        linear(x[1:], weight)
+        linear(x.half(), weight.half())
+        linear(x.to("meta"), weight.to("meta"))
+        monkeypatch.setattr(fast_linear, "_IS_INTEL_WITHOUT_AMX", False)
+        linear(x, weight)
+        assert calls["widened_linear"] == 0
+        monkeypatch.setattr(fast_linear, "_IS_INTEL_WITHOUT_AMX", True)
+        linear(x, weight)
+        assert calls["widened_linear"] == 1
 
 
 # -- GELU -----------------------------------------------------------------------------------------
