@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import os
-import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,13 +12,10 @@ from rich.console import Console
 
 import gemma_hub_flax.fast_native as flax_native
 import gemma_hub_torch.fast_native as torch_native
+from gemma_hub.native.library import has_compiler
 from gemma_hub_conformance.engine import load_subject, run_conformance
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("the native products need a C++ compiler")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 
 @pytest.mark.parametrize("name", ["torch", "flax"])

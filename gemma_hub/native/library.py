@@ -60,10 +60,10 @@ def load_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
             return _loaded(path)
     with tempfile.TemporaryDirectory() as folder:
         built = _built(source, command, Path(folder))
-        if path is None:
-            return _loaded(built)  # which stays loaded without its file
-        write_whole(path, built.read_bytes())
-    return _loaded(path)
+        if path is not None:
+            with suppress(OSError):  # a full disk costs a compilation in the next process
+                write_whole(path, built.read_bytes())
+        return _loaded(built)  # which stays loaded without its file
 
 
 def _built(source: Path, command: Sequence[str], folder: Path) -> Path:
@@ -99,14 +99,23 @@ def _loaded(path: Path) -> ctypes.CDLL:
         ) from error
 
 
+def has_compiler() -> bool:
+    """Whether there is a command that may compile C++."""
+    return any(shutil.which(command[0]) for command in _candidates())
+
+
+def _candidates() -> list[list[str]]:
+    given = shlex.split(os.environ.get("CXX", ""))
+    return [given] if given else [[name] for name in _COMPILERS]
+
+
 def _compiler() -> list[str]:
     """The command that compiles C++: $CXX, or the first of the usual names."""
-    given = os.environ.get("CXX")
-    if given:
-        return shlex.split(given)
-    for name in _COMPILERS:
-        if shutil.which(name):
-            return [name]
+    if os.environ.get("CXX"):
+        return _candidates()[0]  # what is wrong with it shows when it is run
+    for command in _candidates():
+        if shutil.which(command[0]):
+            return command
     raise InputError(f"{_asked()}, and there is no C++ compiler here. {_advice()}")
 
 

@@ -1,7 +1,5 @@
 """A library is compiled once, kept where nobody else can write, and refused with a reason."""
 
-import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -12,7 +10,9 @@ import pytest
 
 from gemma_hub.errors import InputError
 from gemma_hub.native import library
-from gemma_hub.native.library import check_is_for_native, load_library
+from gemma_hub.native.library import check_is_for_native, has_compiler, load_library
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 TWICE = 'extern "C" int twice(int x) { return FACTOR * x; }\n'
 COMPILES = """
@@ -25,8 +25,6 @@ load_library(Path(sys.argv[1]), ("-DFACTOR=2",))
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("there is no C++ compiler")
     path = tmp_path / "twice.cpp"
     path.write_text(TWICE, "utf-8")
     return path
@@ -98,6 +96,27 @@ def test_a_folder_that_others_can_write_into_is_not_used(
         load_library.cache_clear()
     assert len(calls) == 2
     assert not list(cache.iterdir())
+
+
+def test_a_library_that_cannot_be_kept_is_loaded_all_the_same(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(library, "write_whole", full)
+    assert load_library(source, ("-DFACTOR=2",)).twice(2) == 4
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "is_there"), [("no-such-compiler", False), ("c++ -O1", True), ("", True)]
+)
+def test_whether_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, compiler: str, is_there: bool
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    assert has_compiler() == is_there
 
 
 def test_what_was_planted_there_before_is_not_loaded(source: Path, cache: Path) -> None:

@@ -13,6 +13,7 @@ from gemma_hub.backend import BuildOptions, Cache, TaskSpec
 from gemma_hub.config import GemmaConfig
 from gemma_hub.errors import InputError, UnsupportedFeature
 from gemma_hub.inputs import ModelInputs
+from gemma_hub.options import read_switches
 from gemma_hub.outputs import ModelOutputs
 from gemma_hub.parameters import Weights, check_weights
 from gemma_hub_flax import fast_greedy, model
@@ -63,7 +64,7 @@ class FlaxBackend:
             CheckpointError: parameters are missing or have the wrong shape.
         """
         check_request(config, task, options)
-        chosen = FlaxOptions.read(options.extra)
+        chosen = read_switches(FlaxOptions, "flax", options.extra)
         check_weights(config, task.name, weights)
         device = find_device(options.device)
         module = build_module(CLASSES[task.name], config, weights, options.dtype, device)

@@ -1,10 +1,6 @@
 """The options that only this backend has: what `BuildOptions.extra` may hold."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
-
-from gemma_hub.options import read_switches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,12 +12,3 @@ class FlaxOptions:
     """
 
     native: bool = False
-
-    @classmethod
-    def read(cls, extra: Mapping[str, Any]) -> Self:
-        """The options that `extra` names; the others have their defaults.
-
-        Raises:
-            InputError: an unknown name, or a value of a wrong type.
-        """
-        return read_switches(cls, "flax", extra)

@@ -1,7 +1,5 @@
 """The native product: exact but for one rounding, the same for any rows, and differentiable."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from jax import Array
 
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
+from gemma_hub.native.library import has_compiler
 from gemma_hub_flax import FlaxGemmaForCausalLM, fast_attention, fast_native
 from gemma_hub_flax import linear as linear_module
 from gemma_hub_flax.attention import attend
@@ -27,6 +26,8 @@ from gemma_hub_flax.fast_native import (
 )
 from gemma_hub_flax.linear import Embedding, Linear, linear
 
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+
 CONFIG = GemmaConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
@@ -38,8 +39,6 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("the native products need a C++ compiler")
     load_native()
 
 

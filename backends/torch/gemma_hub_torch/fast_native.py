@@ -7,6 +7,7 @@ Twin: gemma_hub_flax/fast_native.py.
 
 import ctypes
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ _ATTEND = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes
 _PRODUCTS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
 _ATTENTIONS: dict[torch.dtype, "ctypes._NamedFuncPointer"] = {}
 _OPERATORS = torch.library.Library("gemma_hub_torch", "FRAGMENT")
+_LOCK = Lock()
 
 
 def use_native(module: nn.Module) -> None:
@@ -46,12 +48,13 @@ def load_native() -> None:
         InputError: that fails.
     """
     library = load_library(_SOURCE, ("-fopenmp",))
-    if not _PRODUCTS:
-        _define_operators()
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        _PRODUCTS[dtype] = _function(library[f"product_{name}"], _PRODUCT)
-        _ATTENTIONS[dtype] = _function(library[f"attend_{name}"], _ATTEND)
+    with _LOCK:  # operators are defined once
+        if not _PRODUCTS:
+            _define_operators()
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            _ATTENTIONS[dtype] = _function(library[f"attend_{name}"], _ATTEND)
+            _PRODUCTS[dtype] = _function(library[f"product_{name}"], _PRODUCT)
 
 
 def _function(function: Any, argtypes: list[Any]) -> Any:

@@ -2,8 +2,6 @@
 
 import ctypes
 import mmap
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
+from gemma_hub.native.library import has_compiler, load_library
 from gemma_hub_torch import (
     GemmaForCausalLM,
     GemmaForSequenceClassification,
@@ -33,6 +32,8 @@ from gemma_hub_torch.fast_native import (
 )
 from gemma_hub_torch.linear import Embedding, Linear, linear
 
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+
 CONFIG = GemmaConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
@@ -45,8 +46,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("the native products need a C++ compiler")
     load_native()
 
 
@@ -500,8 +499,6 @@ def test_another_dtype_or_device_is_refused(path: Path) -> None:
 
 
 def test_without_a_compiler_loading_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_hub.native.library import load_library
-
     monkeypatch.setenv("CXX", "no-such-compiler")
     load_library.cache_clear()
     with pytest.raises(InputError, match=r"option native .*no-such-compiler does not run"):

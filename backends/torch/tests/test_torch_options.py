@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
 from gemma_hub.inputs import ModelInputs
+from gemma_hub.options import read_switches
 from gemma_hub.tasks.causal_lm import CausalLM
 from gemma_hub_torch import GemmaForCausalLM
 from gemma_hub_torch.backend import TorchModel
@@ -61,7 +62,7 @@ def test_a_wrong_option_is_refused(path: Path, options: dict[str, Any], words: s
 
 
 def test_false_is_as_if_it_were_not_given() -> None:
-    assert TorchOptions.read({"compile": False, "native": False}) == TorchOptions.read({})
+    assert read_switches(TorchOptions, "torch", {"compile": False}) == TorchOptions()
 
 
 IMPORTED = """
