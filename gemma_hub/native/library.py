@@ -63,6 +63,7 @@ def load_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         if path is not None:
             with suppress(OSError):  # a full disk costs a compilation in the next process
                 write_whole(path, built.read_bytes())
+                return _loaded(path)
         return _loaded(built)  # which stays loaded without its file
 
 

@@ -7,6 +7,7 @@ Twin: gemma_hub_torch/fast_native.py.
 
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import jax
@@ -25,6 +26,7 @@ MOST_ROWS = 16
 _SOURCE = Path(__file__).with_name("fast_native.cpp")
 _TARGETS = ("gemma_hub_product", "gemma_hub_attend")
 _DTYPES: list[Any] = []
+_LOCK = Lock()
 
 
 def use_native(module: nnx.Module) -> None:
@@ -48,9 +50,11 @@ def load_native() -> None:
         InputError: that fails.
     """
     library = load_library(_SOURCE, (f"-I{jax.ffi.include_dir()}",))
-    for name in _TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
-    _DTYPES[:] = jnp.float32, jnp.bfloat16
+    with _LOCK:
+        if not _DTYPES:  # XLA refuses the functions of a second library, such as of another cache
+            for name in _TARGETS:
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
+            _DTYPES[:] = jnp.float32, jnp.bfloat16
 
 
 def has_native(dtype: jnp.dtype) -> bool:

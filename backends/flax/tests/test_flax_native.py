@@ -12,7 +12,7 @@ from jax import Array
 
 from gemma_hub import Gemma, GemmaConfig
 from gemma_hub.errors import InputError
-from gemma_hub.native.library import has_compiler
+from gemma_hub.native.library import has_compiler, load_library
 from gemma_hub_flax import FlaxGemmaForCausalLM, fast_attention, fast_native
 from gemma_hub_flax import linear as linear_module
 from gemma_hub_flax.attention import attend
@@ -314,6 +314,18 @@ def test_a_native_module_without_the_library_is_a_plain_one(
     monkeypatch.delattr(fast_attention, "native_attend")
     np.testing.assert_allclose(model(jnp.array([[5]])).logits, expected, rtol=1e-4, atol=1e-4)
     assert not calls
+
+
+def test_the_library_may_be_loaded_again_from_another_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = draw(2, 40), draw(5, 40)
+    expected = native_linear(x, weight)
+    monkeypatch.setenv("GEMMA_HUB_CACHE", str(tmp_path))
+    load_library.cache_clear()
+    load_native()
+    assert list((tmp_path / "native").iterdir())
+    assert np.array_equal(native_linear(x, weight), expected)
 
 
 def test_another_dtype_is_refused(path: Path) -> None:
