@@ -54,17 +54,33 @@ def load_library(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         InputError: there is no compiler, or it fails.
     """
     command = [*_compiler(), *_COMPILE, f"-I{HEADERS}", *flags]
-    path = _place(_name(source, command))
-    if path is not None and path.is_file():
-        with suppress(InputError):  # damaged
-            return _loaded(path)
-    with tempfile.TemporaryDirectory() as folder:
-        built = _built(source, command, Path(folder))
-        if path is not None:
+    folder, name = _private_folder(), _name(source, command)
+    if folder is not None and (kept := _kept(folder, name)):
+        with suppress(InputError):  # of another kind of machine
+            return _loaded(kept)
+    with tempfile.TemporaryDirectory() as temporary:
+        built = _built(source, command, Path(temporary))
+        if folder is not None:
             with suppress(OSError):  # a full disk costs a compilation in the next process
-                write_whole(path, built.read_bytes())
+                content = built.read_bytes()
+                path = folder / _file_name(name, content)
+                write_whole(path, content)
                 return _loaded(path)
         return _loaded(built)  # which stays loaded without its file
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """The library in `folder`, if it is whole: the process ends where it runs code cut off."""
+    for path in folder.glob(f"{name}-*.so"):
+        with suppress(OSError):
+            if path.name == _file_name(name, path.read_bytes()):
+                return path
+            path.unlink()
+    return None
+
+
+def _file_name(name: str, content: bytes) -> str:
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def _built(source: Path, command: Sequence[str], folder: Path) -> Path:
@@ -136,14 +152,14 @@ def _name(source: Path, command: Sequence[str]) -> str:
     version = _run([*_compiler(), "--version"])
     files = [source, *sorted(HEADERS.glob("*.h"))]
     said = [processor(), version, *command, *(file.read_text("utf-8") for file in files)]
-    return hashlib.sha256("\0".join(said).encode()).hexdigest() + ".so"
+    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:32]
 
 
-def _place(name: str) -> Path | None:
-    """Where the library is kept; None where there is no folder that only this user can write."""
+def _private_folder() -> Path | None:
+    """Where libraries are kept; None where there is no folder that only this user can write."""
     with suppress(RuntimeError, OSError):
         folder = cache_folder("native")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if is_private(folder):
-            return folder / name
+            return folder
     return None

@@ -19,7 +19,7 @@ COMPILES = """
 import sys
 from pathlib import Path
 from gemma_hub.native.library import load_library
-load_library(Path(sys.argv[1]), ("-DFACTOR=2",))
+assert load_library(Path(sys.argv[1]), ("-DFACTOR=2",)).twice(2) == 4
 """
 
 
@@ -123,17 +123,21 @@ def test_what_was_planted_there_before_is_not_loaded(source: Path, cache: Path) 
     load_library(source, ("-DFACTOR=2",))
     load_library.cache_clear()
     (planted,) = cache.iterdir()
+    planted.unlink()  # not written over: this process has it mapped
     planted.write_bytes(b"not a library")
     cache.chmod(0o777)
     assert load_library(source, ("-DFACTOR=2",)).twice(2) == 4
+    assert planted.read_bytes() == b"not a library"
 
 
-def test_a_damaged_library_is_compiled_again(source: Path, cache: Path) -> None:
+@pytest.mark.parametrize("size", [0, 100, 5000, -1])
+def test_a_damaged_library_is_compiled_again(source: Path, cache: Path, size: int) -> None:
     subprocess.run([sys.executable, "-c", COMPILES, source], check=True, timeout=60)
     (path,) = cache.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    assert load_library(source, ("-DFACTOR=2",)).twice(2) == 4
-    assert path.stat().st_size > 100
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    subprocess.run([sys.executable, "-c", COMPILES, source], check=True, timeout=60)
+    assert [each.read_bytes() for each in cache.iterdir()] == [whole]
 
 
 @pytest.mark.parametrize(
