@@ -44,7 +44,7 @@ def check_present(subject: Subject, feature: str) -> None:
     Whether it does it rightly is a question for other cases.
     """
     if feature in _PROTOCOLS:
-        if not isinstance(subject.model(GQA, _dtype(subject)), _PROTOCOLS[feature]):
+        if not isinstance(subject.model(GQA, usable_dtype(subject)), _PROTOCOLS[feature]):
             raise CaseFailed(
                 f"the backend claims {feature!r} and its model has no {FEATURES[feature]}"
             )
@@ -69,18 +69,18 @@ def check_dtype_refused(subject: Subject, dtype: str) -> None:
 def _use(subject: Subject, feature: str) -> None:
     if feature.startswith("task:"):
         checkpoint = _TASKS[feature.removeprefix("task:")]
-        task, options = TaskSpec(checkpoint.task), subject.options(_dtype(subject))
+        task, options = TaskSpec(checkpoint.task), subject.options(usable_dtype(subject))
         subject.backend.build(checkpoint.config, task, checkpoint.weights(), options)
     elif feature in _CONFIGS:
         config = dataclasses.replace(GQA.config, **_CONFIGS[feature])  # type: ignore[arg-type]
         # With weights that fit, so that it is the feature and nothing else that is refused.
         weights = DesignedCheckpoint(feature, "", config).weights()
-        subject.backend.build(config, TaskSpec(), weights, subject.options(_dtype(subject)))
+        subject.backend.build(config, TaskSpec(), weights, subject.options(usable_dtype(subject)))
     else:
-        _CALLS[feature](subject.model(GQA, _dtype(subject)))
+        _CALLS[feature](subject.model(GQA, usable_dtype(subject)))
 
 
-def _dtype(subject: Subject) -> str:
+def usable_dtype(subject: Subject) -> str:
     """A compute type that is not what is refused."""
     return "float32" if "float32" in subject.dtypes else subject.dtypes[0]
 

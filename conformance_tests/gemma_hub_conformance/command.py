@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from gemma_hub.cli.texts import Option, backend_options
+
 if TYPE_CHECKING:
     from gemma_hub_conformance.spec import Subject
 
@@ -27,6 +29,14 @@ def conformance(
     device: Annotated[
         str, typer.Option(help="Build every model on this device of the backend.")
     ] = "auto",
+    option: Option = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A type that the backend has with these options, if it is not all that it claims; "
+            "it must refuse the others. May be given several times."
+        ),
+    ] = None,
     waivers: Annotated[
         Path | None, typer.Option(help="TOML file of failures that may be, each for a while.")
     ] = None,
@@ -71,7 +81,7 @@ def conformance(
             out().print(_explained(explain), soft_wrap=True)
             return
         if recheck is not None:
-            name, profile, seed = _rechecked(recheck, name)
+            name, profile, seed, option, dtype = _rechecked(recheck, name, option, dtype)
         if name is None:
             raise InputError("Name a backend; `gemma-hub backends` lists those that there are.")
         select(case or None, profile)
@@ -79,7 +89,8 @@ def conformance(
         allowed = read_waivers(waivers) if waivers else ()
         if report is not None:
             check_folder(report.expanduser().resolve())
-        subject = load_subject(name, device=device)
+        options = backend_options(option)
+        subject = load_subject(name, device=device, extra=options, dtypes=dtype or ())
         others = _others(subject, compare or [])
     except (BackendNotFoundError, PluginError) as error:
         _refuse(error, UNAVAILABLE)
@@ -124,8 +135,10 @@ def _others(subject: "Subject", compared: list[str]) -> "list[Subject]":
     return list(others.values())
 
 
-def _rechecked(path: Path, name: str | None) -> tuple[str, str, int]:
-    """Backend, profile and a fresh seed for the certificate at `path`."""
+def _rechecked(
+    path: Path, name: str | None, option: list[str] | None, dtype: list[str] | None
+) -> tuple[str, str, int, list[str], list[str]]:
+    """Backend, profile, a fresh seed, options and types for the certificate at `path`."""
     from gemma_hub.cli.console import err
     from gemma_hub.errors import InputError
     from gemma_hub_conformance.reports import read_certificate
@@ -133,11 +146,14 @@ def _rechecked(path: Path, name: str | None) -> tuple[str, str, int]:
     certificate = read_certificate(path)
     if name not in (None, certificate.backend):
         raise InputError(f"{path} is about {certificate.backend!r}, not {name!r}.")
+    if option or dtype:
+        raise InputError("--recheck takes options and types from the certificate; name none.")
     for change in certificate.changes:
         err().print(f"Note: {change}.", soft_wrap=True)
     seed = secrets.randbelow(2**31)
     err().print(f"Seed {seed}; the certificate's was {certificate.seed}.")
-    return certificate.backend, certificate.profile, seed
+    options, dtypes = list(certificate.options), list(certificate.dtypes)
+    return certificate.backend, certificate.profile, seed, options, dtypes
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,14 +2,17 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from gemma_hub.backend import Backend
+from gemma_hub.backend import Backend, TaskSpec
+from gemma_hub.cli.texts import option_texts
 from gemma_hub.errors import InputError, nearest
 from gemma_hub.plugins.registry import PluginRegistry, plugin_registry
 from gemma_hub.plugins.trial import set_aside_what_kills
 from gemma_hub_conformance.cases import all_cases
-from gemma_hub_conformance.claims import check_dtype_refused, check_refused
+from gemma_hub_conformance.checkpoints import GQA
+from gemma_hub_conformance.claims import check_dtype_refused, check_refused, usable_dtype
 from gemma_hub_conformance.oracle import Oracle
 from gemma_hub_conformance.package import package_of
 from gemma_hub_conformance.profiles import DEFAULT, Profile, find_profile, required_cases
@@ -23,7 +26,12 @@ __all__ = ["load_subject", "required_cases", "run_case", "run_conformance", "sel
 
 
 def load_subject(
-    name: str, registry: PluginRegistry | None = None, *, device: str = "auto"
+    name: str,
+    registry: PluginRegistry | None = None,
+    *,
+    device: str = "auto",
+    extra: Mapping[str, Any] | None = None,
+    dtypes: Sequence[str] = (),
 ) -> Subject:
     """The installed backend `name`.
 
@@ -31,10 +39,13 @@ def load_subject(
         name: as users type it.
         registry: where to look; that of this process if None.
         device: that every model is built on, one of the backend's; "auto" for its default.
+        extra: options of the backend, `BuildOptions.extra` of every model.
+        dtypes: compute types that it has with `extra`, where these are not all that it claims. The
+            others are then unclaimed, so that it must refuse them.
 
     Raises:
         BackendNotFoundError: there is none of that name.
-        InputError: the backend does not list the device.
+        InputError: the backend does not list the device or one of `dtypes`, or refuses `extra`.
         PluginError: it is there and cannot be loaded.
     """
     registry = plugin_registry() if registry is None else registry
@@ -42,17 +53,43 @@ def load_subject(
     loaded = registry.load(name)
     spec = loaded.spec
     _check_device(device, loaded.backend, loaded.name)
-    return Subject(
+    subject = Subject(
         loaded.name,
         loaded.backend,
         spec.features,
-        spec.dtypes,
+        _narrowed(dtypes, spec.dtypes, loaded.name),
+        extra=dict(extra or {}),
         tasks=spec.tasks,
         distribution=loaded.distribution,
         version=loaded.version,
         device=device,
         package=package_of(registry, loaded),
     )
+    if extra:
+        _check_options(subject)
+    return subject
+
+
+def _narrowed(chosen: Sequence[str], claimed: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Those of `claimed` that were chosen, in its order; all if none was."""
+    for each in chosen:
+        if each not in claimed:
+            raise InputError(f"{name} does not claim {each!r}; it claims {', '.join(claimed)}.")
+    return tuple(each for each in claimed if each in chosen) or claimed
+
+
+def _check_options(subject: Subject) -> None:
+    """Refuse options that the backend refuses: by them every case would fail."""
+    options = subject.options(usable_dtype(subject))
+    try:
+        with time_limit(subject.time_limit):
+            subject.backend.build(GQA.config, TaskSpec(), GQA.weights(), options)
+    except InputError as error:
+        raise InputError(f"{subject.name} refuses these options: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001 - of anything else a backend does the cases tell
+        return
 
 
 def _check_device(device: str, backend: Backend, name: str) -> None:
@@ -80,6 +117,14 @@ def device_of(subject: Subject) -> str:
     except BaseException:  # noqa: BLE001 - the case about devices says so; the report goes on
         return ""
     return first if isinstance(first, str) else ""
+
+
+def chosen_dtypes(subject: Subject) -> tuple[str, ...]:
+    """The compute types of `subject` if they are fewer than its package claims; else none."""
+    spec = subject.package.spec if subject.package else None
+    if spec is None or spec.name != subject.name:  # a stand-in has the package of another backend
+        return ()
+    return () if set(subject.dtypes) == set(spec.dtypes) else subject.dtypes
 
 
 def select(ids: Iterable[str] | None = None, profile: str = DEFAULT) -> list[CaseSpec]:
@@ -145,6 +190,8 @@ def run_conformance(
         distribution=subject.distribution,
         version=subject.version,
         device=device_of(subject),
+        options=option_texts(subject.extra),
+        dtypes=chosen_dtypes(subject),
     )
     waived, problems = apply_waivers(report.results, waivers)
     return dataclasses.replace(report, results=waived, waivers=tuple(waivers), problems=problems)

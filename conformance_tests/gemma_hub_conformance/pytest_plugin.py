@@ -17,7 +17,7 @@ RESULTS: "pytest.StashKey[list[CaseResult]]" = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --gemma-backend, --gemma-profile, --gemma-seed and --gemma-device."""
+    """Add --gemma-backend and what `gemma-hub conformance` has beside it."""
     group = parser.getgroup("gemma_hub", "gemma_hub conformance")
     group.addoption(
         "--gemma-backend",
@@ -41,6 +41,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DEVICE",
         default="auto",
         help="build every model on this device of the backend",
+    )
+    group.addoption(
+        "--gemma-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="option of the backend; may be given several times",
+    )
+    group.addoption(
+        "--gemma-dtype",
+        metavar="TYPE",
+        action="append",
+        default=[],
+        help="type that the backend has with these options, if it is not all that it claims; it "
+        "must refuse the others; may be given several times",
     )
 
 
@@ -69,9 +84,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     results = config.stash[RESULTS]
     if results:
+        from gemma_hub_conformance.report import tested
+
+        subject = tested(
+            chosen_backend(config) or "",
+            config.getoption("gemma_option"),
+            config.getoption("gemma_dtype"),
+        )
         verdicts = [str(result.verdict) for result in results]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
-        terminalreporter.section(f"conformance of {chosen_backend(config)}: {counts}")
+        terminalreporter.section(f"conformance of {subject}: {counts}")
         for result in results:
             if result.verdict == "unsupported":
                 terminalreporter.line(f"{result.id}: {result.message}")

@@ -101,6 +101,9 @@ class Report:
         problems: what is wrong with them.
         distances: from other backends, if the user asked for them; no part of the verdict.
         device: that the models were built on; empty if none is known.
+        options: of the backend, that every model was built with, each as "name=value".
+        dtypes: compute types that the backend was held to have, where the user left some out that
+            it claims; empty for all.
     """
 
     backend: str
@@ -115,6 +118,13 @@ class Report:
     problems: tuple[str, ...] = ()
     distances: tuple[Distance, ...] = ()
     device: str = ""
+    options: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+    @property
+    def tested(self) -> str:
+        """The backend, and what it was run with, in words."""
+        return tested(self.backend, self.options, self.dtypes)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -162,7 +172,7 @@ class Report:
             word = "passes the selected cases" if self.selected else "is certified"
             word += "" if self.exit_code == 0 else " but for what is waived"
         of = "" if self.profile == "full" else f" ({self.profile})"
-        return f"{self.backend} {word}{of}: {coverage}"
+        return f"{self.tested} {word}{of}: {coverage}"
 
     def to_dict(self, causes: "Sequence[Diagnosis]" = ()) -> dict[str, Any]:
         """The report as JSON types, by reports/schema/report.json; infinite ratios are strings.
@@ -176,6 +186,8 @@ class Report:
             "distribution": self.distribution,
             "version": self.version,
             "device": self.device,
+            "options": list(self.options),
+            "dtypes": list(self.dtypes),
             "profile": self.profile,
             "seed": self.seed,
             "exit_code": self.exit_code,
@@ -197,7 +209,7 @@ class Report:
 
     def print(self, console: Console) -> None:
         """One line for each case, then the summary."""
-        table = Table(title=f"Conformance of {self.backend}")
+        table = Table(title=Text(f"Conformance of {self.tested}", "table.title"))
         for heading in ("case", "verdict", "error / noise", "worst element", "seconds"):
             table.add_column(heading, justify="left" if heading in ("case", "verdict") else "right")
         yellow = dict.fromkeys((Verdict.UNSUPPORTED, Verdict.WAIVED), "yellow")
@@ -224,6 +236,18 @@ class Report:
             console.print(Text(problem, style="red"), soft_wrap=True)
         style = {0: "green", 4: "yellow"}.get(self.exit_code, "red")
         console.print(Text(self.summary, style=style), soft_wrap=True)
+
+
+def tested(backend: str, options: Sequence[str], dtypes: Sequence[str]) -> str:
+    """A backend and what it was run with, as "torch with native=true (float32 only)".
+
+    Args:
+        backend: its name.
+        options: as in `Report`.
+        dtypes: likewise.
+    """
+    given = f" with {', '.join(options)}" if options else ""
+    return f"{backend}{given} ({', '.join(dtypes)} only)" if dtypes else f"{backend}{given}"
 
 
 def _distance_table(distances: tuple[Distance, ...]) -> Table:

@@ -56,7 +56,7 @@ class Subject:
         name: the backend's name.
         backend: the object with `build`.
         features: what it claims.
-        dtypes: compute types that it claims.
+        dtypes: compute types that it claims; with `extra`, those that it still has.
         extra: `BuildOptions.extra` for every model.
         tasks: tasks that it claims.
         distribution: that ships the backend; empty for one that is not installed.

@@ -1,6 +1,5 @@
 """The option `native` keeps the contract, and gives PyTorch and JAX the same bits."""
 
-import dataclasses
 import io
 
 import jax.numpy as jnp
@@ -21,12 +20,13 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ comp
 @pytest.mark.parametrize("name", ["torch", "flax"])
 def test_the_backend_with_native_products_is_certified(name, oracle):
     dtypes = ("float32", "bfloat16")  # those that the option is for
-    subject = dataclasses.replace(load_subject(name), dtypes=dtypes, extra={"native": True})
+    subject = load_subject(name, extra={"native": True}, dtypes=dtypes)
     report = run_conformance(subject, oracle=oracle)
     stream = io.StringIO()
     report.print(Console(file=stream, width=120))
     assert report.exit_code == 0, stream.getvalue()
     assert not report.missing
+    assert report.summary.startswith(f"{name} with native=true (float32, bfloat16 only) is ")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

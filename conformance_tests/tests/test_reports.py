@@ -345,6 +345,9 @@ DISTANCES = (
 )
 
 
+CHOSEN = {"options": ("native=true", "path=a=b"), "dtypes": ("float32",)}
+
+
 @pytest.fixture
 def documents(failed, certified, tmp_path):
     """Each file with something in each of its lists, by the name of its schema."""
@@ -357,11 +360,13 @@ def documents(failed, certified, tmp_path):
         distances=DISTANCES,
         waivers=(waiver,),
         problems=("The waiver does not count.",),
+        **CHOSEN,
     )
     first, *others = certified.results
     waived = dataclasses.replace(first, verdict=Verdict.WAIVED, message="w")
     write_reports(tmp_path / "a", full, [CAUSE, cause])
-    write_reports(tmp_path / "b", dataclasses.replace(certified, results=(waived, *others)))
+    results = (waived, *others)
+    write_reports(tmp_path / "b", dataclasses.replace(certified, results=results, **CHOSEN))
     read = {
         name: json.loads((tmp_path / folder / f"{name}.json").read_text())
         for folder, name in (("a", "report"), ("b", "certificate"), ("b", "badge"))
@@ -405,6 +410,10 @@ def test_any_changed_field_fits_no_longer(documents, name):
         ("report", ("distances", 0, "ratio"), None),
         ("report", ("distances", 2, "reason"), ""),
         ("report", ("causes", 0, "shortest_input"), [-1]),
+        ("report", ("options", 0), "native"),
+        ("report", ("dtypes", 0), ""),
+        ("certificate", ("options", 0), "=true"),
+        ("certificate", ("dtypes",), ["float32", "float32"]),
         ("certificate", ("schema",), 2),
         ("certificate", ("manifest",), "abc"),
         ("certificate", ("seed",), 0.5),

@@ -19,7 +19,7 @@ _STYLES = {"ready": "green", "unavailable": "yellow", "incompatible": "yellow"}
 def backends(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
 ) -> None:
-    """List the backends, usable or not, with what is wrong and what to do."""
+    """List the backends, usable or not, with their options, what is wrong and what to do."""
     from gemma_hub.plugins.registry import plugin_registry
 
     infos = plugin_registry().backends()
@@ -32,6 +32,9 @@ def backends(
         console.print("No backend is installed. Install one: pip install gemma-hub-torch")
         return
     show_table(console, "backends", backend_table(infos))
+    options = option_table(infos)
+    if options.row_count:
+        show_table(console, "options: --option NAME=VALUE", options)
     for info in infos:
         if info.problem:
             console.print(
@@ -53,6 +56,17 @@ def backend_table(infos: "tuple[BackendInfo, ...]") -> Table:
             ", ".join(sorted(info.spec.features)) if info.spec else "",
             ", ".join(info.spec.dtypes) if info.spec else "",
         )
+    return listed
+
+
+def option_table(infos: "tuple[BackendInfo, ...]") -> Table:
+    """One row per option of a backend."""
+    listed = table("backend", "option", "what it does")
+    for info in infos:
+        # What another version of the contract calls options is unknown here.
+        if info.spec and info.state != "incompatible":
+            for name, meaning in info.spec.options.items():
+                listed.add_row(info.name, name, meaning)
     return listed
 
 

@@ -157,6 +157,7 @@ def _check_backend(spec: BackendSpec) -> None:
     if not spec.dtypes:
         raise _wrong(what, f"has no dtypes; expected at least one of {', '.join(DTYPES)}")
     _check_requirements(what, spec)
+    _check_options(what, spec.options)
 
 
 def _check_made_later(what: str, spec: BackendSpec | FormatSpec) -> None:
@@ -176,6 +177,18 @@ def _check_requirements(what: str, spec: BackendSpec | FormatSpec) -> None:
             Requirement(text)
         except InvalidRequirement as error:
             raise _wrong(what, f"has requires {text!r}; expected a PEP 508 string") from error
+
+
+def _check_options(what: str, options: object) -> None:
+    if not isinstance(options, dict):
+        raise _wrong(what, f"has options {_short(options)}; expected a dictionary")
+    for name, text in options.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise _wrong(
+                what,
+                f"has the option {_short(name)} with {_short(text)}; expected a name and a line on "
+                "what it does",
+            )
 
 
 def _check_name(what: str, name: object) -> None:

@@ -1,6 +1,6 @@
 """What a plug-in tells the core about itself, without importing any array framework."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 API_VERSION = (1, 0)
 """Version of the plug-in contract that this core speaks: (major, minor)."""
@@ -19,6 +19,8 @@ class BackendSpec:
         dtypes: compute types that it supports, the preferred one first.
         requires: distributions it needs, as PEP 508 strings; checked from metadata alone.
         summary: one line for `gemma-hub backends`.
+        options: names that `BuildOptions.extra` may have, each with one line on what it does, for
+            `gemma-hub backends`; see `gemma_hub.options.told_switches`.
     """
 
     name: str
@@ -29,6 +31,7 @@ class BackendSpec:
     dtypes: tuple[str, ...] = ("float32",)
     requires: tuple[str, ...] = ()
     summary: str = ""
+    options: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

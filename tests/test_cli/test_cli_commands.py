@@ -49,6 +49,25 @@ def test_backends_as_json(cli, plugins):
     assert "no-such-distribution" in records["lacking"]["problem"]
 
 
+def test_backends_shows_the_options_that_a_plug_in_tells(cli, plugins):
+    told = READY.replace("summary=", "options={'turbo': 'goes [b]faster[/b]'}, summary=")
+    later = told.replace('"1.0"', '"9.0"').replace("ready_one", "later").replace("turbo", "warp")
+    plugins(one=told, two=LACKING, three=later)
+    result = cli("backends")
+    assert "options: --option NAME=VALUE" in result.stdout
+    assert [line.split() for line in result.stdout.splitlines() if "faster" in line] == [
+        ["ready_one", "turbo", "goes", "[b]faster[/b]"]
+    ]
+    records = {record["name"]: record for record in json.loads(cli("backends", "--json").stdout)}
+    assert records["ready_one"]["spec"]["options"] == {"turbo": "goes [b]faster[/b]"}
+    assert records["lacking"]["spec"]["options"] == {}
+
+
+def test_backends_without_options_show_no_table_of_them(cli, plugins):
+    plugins(one=READY)
+    assert "option" not in cli("backends").stdout
+
+
 def test_without_any_backend_it_says_what_to_install(cli, plugins):
     plugins()
     result = cli("backends")

@@ -107,6 +107,12 @@ BAD = {
     "no dtypes": (with_field(dtypes=()), "specs", "no dtypes"),
     "api version in words": (with_field(api_version="new"), "specs", "expected 'major.minor'"),
     "requirement that is none": (with_field(requires=(">>1",)), "specs", "PEP 508"),
+    "options without what they do": (
+        with_field(options=("fast",)),
+        "specs",
+        r"options \('fast',\) \(tuple\); expected a dictionary",
+    ),
+    "an option with a value": (with_field(options={"fast": True}), "specs", "'fast'.* with True"),
     "one name twice": (returning(f"[{SPEC}, {SPEC}]"), "specs", "names 'bad' twice"),
 }
 

@@ -1,7 +1,9 @@
 """The entry point: says what the torch backend is, without importing torch."""
 
+from gemma_hub.options import told_switches
 from gemma_hub.plugins.hookspecs import hookimpl
 from gemma_hub.plugins.spec import BackendSpec
+from gemma_hub_torch.fast_options import TorchOptions
 
 
 @hookimpl
@@ -18,5 +20,6 @@ def gemma_hub_backends() -> list[BackendSpec]:
             dtypes=("float32", "bfloat16", "float16"),
             requires=("torch>=2.6",),
             summary="PyTorch: torch.nn.Module, CPU and CUDA",
+            options=told_switches(TorchOptions),
         )
     ]

@@ -145,7 +145,12 @@ class _Search:
         if shortest is not None and place.in_logits:
             weights = shortest.checkpoint.weights(prober.dtype)
             failure = Failure(
-                self.subject.name, prober.dtype, shortest, weights, prober.truth(shortest)
+                self.subject.name,
+                prober.dtype,
+                shortest,
+                weights,
+                prober.truth(shortest),
+                self.subject.extra,
             )
         lines = [f"{first.case}: {known}", place.text, _input_text(shortest)]
         return Diagnosis(

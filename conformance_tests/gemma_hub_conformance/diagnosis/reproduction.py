@@ -1,8 +1,9 @@
 """A failure as a folder that anyone can run: a checkpoint, the input, what is right, a script."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,12 +34,20 @@ folder = Path(__file__).parent
 numbers = np.load(folder / "{numbers}")
 ids, mask, positions = (numbers[name] for name in ("input_ids", "mask", "position_ids"))
 backend = sys.argv[1] if len(sys.argv) > 1 else {backend!r}
-lm = Gemma.load(folder / "{checkpoint}", backend, {task!r}, {dtype!r})
+{load}
 {run}
 verdict = judge(found, numbers["expected"], noise_band(numbers["expected"], numbers["witnesses"]))
 print(f"ratio {{verdict.ratio:.3g}}: {{verdict.reason}}")
 sys.exit(0 if verdict.passed else 1)
 '''
+
+_LOAD = 'lm = Gemma.load(folder / "{checkpoint}", backend, {task!r}, {dtype!r})'
+
+_LOAD_WITH_OPTIONS = """\
+options = {options!r} if backend == {backend!r} else {{}}
+lm = Gemma.load(
+    folder / "{checkpoint}", backend, {task!r}, {dtype!r}, backend_options=options
+)"""
 
 _WHOLE = {
     "causal_lm": "found = lm.forward(ids, mask, positions).to_numpy().logits[mask]",
@@ -70,6 +79,7 @@ class Failure:
         seen: model and input.
         weights: of the model, in the seed of the run that failed.
         truth: what is right there.
+        options: `BuildOptions.extra` of the run.
     """
 
     backend: str
@@ -77,6 +87,7 @@ class Failure:
     seen: Seen
     weights: Weights
     truth: Truth
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> GemmaConfig:
@@ -105,7 +116,8 @@ def write_reproduction(diagnosis: "Diagnosis", folder: str | Path) -> Path:
     if failure is None:
         raise InputError(
             f"{diagnosis.case} does not fail on the logits of an input, so there is nothing to "
-            f"write. Repeat it with `gemma-hub conformance NAME --case {diagnosis.case}`."
+            f"write. Repeat it with `gemma-hub conformance NAME --case {diagnosis.case}` and "
+            "the other options of the run."
         )
     target = Path(folder).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -131,14 +143,15 @@ def script(failure: Failure) -> str:
     if seen.chunks is not None:
         run = _CACHED.format(chunks=repr(seen.chunks))
         imports = "from gemma_hub.inputs import ModelInputs\n"
-    return _TEMPLATE.format(
+    load = (_LOAD_WITH_OPTIONS if failure.options else _LOAD).format(
         backend=failure.backend,
-        imports=imports,
-        numbers=NUMBERS,
         checkpoint=CHECKPOINT,
         task=seen.checkpoint.task,
         dtype=failure.dtype,
-        run=run,
+        options=dict(failure.options),
+    )
+    return _TEMPLATE.format(
+        backend=failure.backend, imports=imports, numbers=NUMBERS, load=load, run=run
     )
 
 

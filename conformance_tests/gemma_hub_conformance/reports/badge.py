@@ -13,11 +13,17 @@ _WORDS = {
 
 
 def content(report: Report) -> dict[str, Any]:
-    """The badge of a run; one of selected cases never says "certified"."""
+    """The badge of a run; one of selected cases never says "certified".
+
+    What was certified is not the whole backend, or not as users get it by default, where there is a
+    profile, an option or a choice of types. It is in the label then.
+    """
     word, colour = _WORDS[report.exit_code]
     if report.selected and report.exit_code in (0, 4):
         word, colour = "partial", "lightgrey"
-    of = "" if report.profile == "full" else f" ({report.profile})"
+    profile = () if report.profile == "full" else (report.profile,)
+    parts = ", ".join([*profile, *report.options, *report.dtypes])
+    of = f" ({parts})" if parts else ""
     return {
         "schemaVersion": 1,
         "label": f"gemma conformance{of}",

@@ -1,7 +1,8 @@
 """The certificate: what was certified, by what, with which numbers drawn; anybody can run it again.
 
 It proves nothing by itself, as anybody can write such a file. It says how to find out:
-`gemma-hub conformance --recheck certificate.json` runs the same profile with a fresh seed.
+`gemma-hub conformance --recheck certificate.json` runs the same profile with a fresh seed, on the
+same backend with the same options.
 """
 
 import hashlib
@@ -29,6 +30,8 @@ class Certificate:
         version: of that distribution.
         profile: what it was certified for.
         seed: that the run drew from.
+        options: of the backend, as `--option` takes them.
+        dtypes: as in `Report`.
         manifest: SHA-256 of the list of required cases that counted.
     """
 
@@ -38,6 +41,8 @@ class Certificate:
     profile: str
     seed: int
     manifest: str
+    options: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -62,6 +67,8 @@ def content(report: Report) -> dict[str, Any]:
         "distribution": report.distribution,
         "version": report.version,
         "device": report.device,
+        "options": list(report.options),
+        "dtypes": list(report.dtypes),
         "suite": importlib.metadata.version("gemma-hub-conformance"),
         "profile": report.profile,
         "seed": report.seed,
@@ -93,7 +100,19 @@ def read_certificate(path: Path) -> Certificate:
         raise InputError(f"{path} is of the profile {raw['profile']!r}, which there is not.")
     if type(raw.get("seed")) is not int:
         raise InputError(f"{path}: seed is {raw.get('seed')!r}; expected an integer.")
-    return Certificate(**{key: raw[key] for key in texts}, seed=raw["seed"])
+    return Certificate(
+        **{key: raw[key] for key in texts},
+        seed=raw["seed"],
+        options=_texts(path, raw, "options"),
+        dtypes=_texts(path, raw, "dtypes"),
+    )
+
+
+def _texts(path: Path, raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    found = raw.get(key, [])  # certificates of suites without options have none
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise InputError(f"{path}: {key} is {found!r}; expected a list of texts.")
+    return tuple(found)
 
 
 def manifest_digest() -> str:

@@ -14,7 +14,7 @@ def render(report: Report) -> str:
     counts = report.counts
     suite = ElementTree.Element(
         "testsuite",
-        name=f"gemma_hub conformance of {report.backend}",
+        name=_plain(f"gemma_hub conformance of {report.tested}"),
         tests=str(len(report.results) + len(report.missing_of_run) + len(report.problems)),
         failures=str(counts[Verdict.FAIL] + len(report.missing_of_run) + len(report.problems)),
         errors=str(counts[Verdict.ERROR]),

@@ -75,6 +75,8 @@ def _facts(report: Report) -> str:
         ("Backend", f"{report.backend} ({made_by})"),
         ("Profile", report.profile + (", selected cases only" if report.selected else "")),
         *([("Device", report.device)] if report.device else []),
+        *([("Options", ", ".join(report.options))] if report.options else []),
+        *([("Types", ", ".join(report.dtypes) + " only")] if report.dtypes else []),
         ("Seed", str(report.seed)),
         ("Time", f"{sum(result.seconds for result in report.results):.0f} s"),
     ]

@@ -5,7 +5,9 @@ conformance suite that skips says nothing.
 """
 
 import pytest
+import typer
 
+from gemma_hub.cli.texts import backend_options
 from gemma_hub.errors import GemmaHubError
 from gemma_hub_conformance.engine import load_subject, run_case, select
 from gemma_hub_conformance.oracle import Oracle
@@ -26,8 +28,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         checked_seed(metafunc.config.getoption("gemma_seed"))
         cases = select(profile=metafunc.config.getoption("gemma_profile"))
-        subject = load_subject(name, device=metafunc.config.getoption("gemma_device"))
-    except GemmaHubError as error:
+        subject = load_subject(
+            name,
+            device=metafunc.config.getoption("gemma_device"),
+            extra=backend_options(metafunc.config.getoption("gemma_option")),
+            dtypes=metafunc.config.getoption("gemma_dtype"),
+        )
+    except (GemmaHubError, typer.BadParameter) as error:
         raise pytest.Collector.CollectError(str(error)) from error
     oracle = Oracle()
     metafunc.parametrize(

@@ -28,5 +28,6 @@ def gemma_hub_backends() -> list[BackendSpec]:
             dtypes=("float64", "float32", "bfloat16", "float16"),
             requires=("numpy>=1.26", "ml_dtypes>=0.4"),
             summary="NumPy in float64: the reference, slow and exact",
+            options={"witness": "seed of the random rounding that a type below float64 has"},
         )
     ]
