@@ -68,6 +68,36 @@ DIALECT = [
     ("start: int", "start: ARRAY | int", "START"),  # a traced scalar under jit
     ("nn.ModuleList(", "nnx.List(", "LIST("),
     ("nn.Parameter(torch.zeros(", "nnx.Param(jnp.zeros(", "PARAMETER(zeros("),
+    # XLA makes one pass of what is between two products; torch has native functions for that.
+    (
+        "import has_native, is_for_one_pass, native_gated_, native_norm",
+        "import has_native",
+        "NATIVE",
+    ),
+    (
+        "at the very end.\n\n    Attributes:\n        native: compute as fast_native.py does where "
+        'that is for it.\n    """\n    native = False\n',
+        'at the very end."""\n',
+        'at the very end."""\n',
+    ),
+    (
+        "\n        if self.native and is_for_one_pass(x, self.weight):"
+        "\n            return native_norm(x, self.weight, self.eps, self.offset)",
+        "",
+        "",
+    ),
+    (
+        "of GELU.\n\n    Attributes:\n        native: as in `RMSNorm`."
+        '\n    """\n    native = False\n',
+        'of GELU."""\n',
+        'of GELU."""\n',
+    ),
+    (
+        "\n        if self.native and is_for_one_pass(gate, up):"
+        "\n            return self.down_proj(native_gated_(gate, up))",
+        "",
+        "",
+    ),
     # torch's GELU of 16-bit numbers computes in float32 and rounds once; JAX's does not.
     (
         "F.gelu(gate, approximate='tanh')",

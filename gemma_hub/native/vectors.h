@@ -62,6 +62,34 @@ inline void narrow(float value, BFloat16& to) {
   to.bits = value == value ? uint16_t((bits + to_even) >> 16) : uint16_t((bits >> 16) | 0x40u);
 }
 
+// The nearest numbers of a type, as float32.
+inline Floats rounded(float, Floats v) { return v; }
+
+inline Floats rounded(BFloat16, Floats v) {
+  const Words bits = (Words)v;
+  const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return v == v ? (Floats)nearest : (Floats)((bits | 0x400000u) & 0xffff0000u);
+}
+
+// The converse of `widen`.
+inline void narrow(Floats a, Floats b, float* to) {
+  store(to, a);
+  store(to + LANES, b);
+}
+
+inline void narrow(Floats a, Floats b, BFloat16* to) {
+  const Words even = (Words)rounded(BFloat16{}, a), odd = (Words)rounded(BFloat16{}, b);
+  const Words pairs = even >> 16 | odd;
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+
+// LANES elements one after the other.
+inline void narrow_in_order(Floats v, BFloat16* to) {
+  typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+  const Halves bits = __builtin_convertvector((Words)rounded(BFloat16{}, v) >> 16, Halves);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
 template <int N>
 struct Lanes {
   typedef float Vector __attribute__((vector_size(4 * N)));
@@ -98,6 +126,18 @@ inline void widen_some(const T* from, int64_t count, Floats& a, Floats& b) {
     widen(from, a, b);
   } else {
     widen_rest(from, count, a, b);
+  }
+}
+
+// The converse of `widen_some`.
+template <class T>
+inline void narrow_some(Floats a, Floats b, int64_t count, T* to) {
+  if (count >= STEP) {
+    narrow(a, b, to);
+  } else {
+    T all[STEP];
+    narrow(a, b, all);
+    std::memcpy(to, all, count * sizeof(T));
   }
 }
 

@@ -1,6 +1,7 @@
 // gemma_hub/native for JAX: functions that XLA's programs call, on their threads.
 
 #include "attention.h"
+#include "multiply.h"
 
 #include <atomic>
 #include <functional>
@@ -39,12 +40,13 @@ template <class T>
 static void product_of(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight,
                        ffi::AnyBuffer& y) {
   const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = weight.dimensions()[0];
-  const gemma_hub::Product<T> product(static_cast<const T*>(weight.untyped_data()),
-                                      static_cast<const T*>(x.untyped_data()),
-                                      static_cast<T*>(y.untyped_data()), rows, in, out);
   const int64_t slices = pool.num_threads() > 1 ? SLICES * pool.num_threads() : 1;
-  run(pool, slices, [&product, out, slices](int64_t s) {
-    product.columns(out * s / slices, out * (s + 1) / slices);
+  gemma_hub::multiply(static_cast<const T*>(weight.untyped_data()),
+                      static_cast<const T*>(x.untyped_data()), static_cast<T*>(y.untyped_data()),
+                      rows, in, out, [&pool, out, slices](const auto& product) {
+    run(pool, slices, [&product, out, slices](int64_t s) {
+      product.columns(out * s / slices, out * (s + 1) / slices);
+    });
   });
 }
 

@@ -70,7 +70,7 @@ def is_for_native(x: Array, weight: Array) -> bool:
 def native_linear(x: Array, weight: Array) -> Array:
     """x (..., in) times weight (out, in)."""
     y = _product(x.reshape(-1, weight.shape[1]), weight)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @jax.custom_jvp

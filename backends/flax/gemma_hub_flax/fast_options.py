@@ -8,7 +8,8 @@ class FlaxOptions:
     """How a model is run, but for its dtype and device.
 
     Attributes:
-        native: multiply few rows by C++ that is compiled for this processor; see fast_native.py.
+        native: multiply few rows, and attend from one query, by C++ that is compiled for this
+            processor; see fast_native.py.
     """
 
     native: bool = False

@@ -91,9 +91,9 @@ class MLP(nnx.Module):
         self.down_proj = Linear(F_, D, rngs, std=std)
 
     def __call__(self, x: Array) -> Array:
-        gate = self.gate_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         gate = jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(x.dtype)
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(gate * up)
 
 
 class Block(nnx.Module):

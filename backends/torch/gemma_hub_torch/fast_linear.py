@@ -29,9 +29,11 @@ _HAS_MKL_FOR_ONE_ROW = torch.cpu._is_amx_tile_supported()
 # The kernels for one row were measured with these vectors only.
 _HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
-# There PyTorch's own kernel for one row reads 9 GB/s, half of what oneDNN does (33 on AMD), and
-# oneDNN multiplies many rows of bfloat16 at half the rate of float32.
-_IS_INTEL_WITHOUT_AMX = "Intel(R)" in processor() and not torch.cpu._is_amx_tile_supported()
+# There PyTorch's own kernel for one row reads 9 GB/s, oneDNN 13 to 17; on AMD's it reads 33.
+_IS_INTEL = "Intel(R)" in processor()
+
+# There oneDNN multiplies many rows of bfloat16 at half the rate of float32.
+_IS_INTEL_WITHOUT_AMX = _IS_INTEL and not torch.cpu._is_amx_tile_supported()
 
 _MANY_ROWS = 128  # with 64, converting the weight takes as long as it saves
 _WIDENED = 512  # rows of a weight that are in float32 at once
@@ -78,7 +80,7 @@ def is_one_row(x: Tensor, weight: Tensor) -> bool:
         and x.numel() == weight.shape[1]
         and x.device.type == "cpu"
         and _HAS_WIDE_VECTORS
-        and (compiles or not _IS_INTEL_WITHOUT_AMX)
+        and (compiles or not _IS_INTEL)
         and type(weight) in (nn.Parameter, Tensor)
         and not torch.is_grad_enabled()
         and (compiles or not torch.compiler.is_compiling())

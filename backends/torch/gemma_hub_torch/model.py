@@ -21,7 +21,7 @@ from gemma_hub_torch.calls import (
 )
 from gemma_hub_torch.dropout import dropout
 from gemma_hub_torch.fast_attention import fused_mask
-from gemma_hub_torch.fast_native import has_native
+from gemma_hub_torch.fast_native import has_native, is_for_one_pass, native_gated_, native_norm
 from gemma_hub_torch.linear import Embedding, Linear
 from gemma_hub_torch.losses import causal_loss, cross_entropy, sequence_loss
 from gemma_hub_torch.outputs import BaseModelOutput, HeadOutput
@@ -30,7 +30,13 @@ from gemma_hub_torch.remat import remat
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight): float32 inside, cast to x's dtype at the very end."""
+    """x / rms(x) * (offset + weight): float32 inside, cast to x's dtype at the very end.
+
+    Attributes:
+        native: compute as fast_native.py does where that is for it.
+    """
+
+    native = False
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -39,6 +45,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.native and is_for_one_pass(x, self.weight):
+            return native_norm(x, self.weight, self.eps, self.offset)
         y = x.to(torch.float32)
         y = y * torch.rsqrt(torch.mean(y * y, -1, keepdim=True) + self.eps)
         y = y * (self.offset + self.weight.to(torch.float32))
@@ -77,7 +85,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+    """down(gelu(gate(x)) * up(x)), with the tanh form of GELU.
+
+    Attributes:
+        native: as in `RMSNorm`.
+    """
+
+    native = False
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -87,9 +101,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(F_, D, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.native and is_for_one_pass(gate, up):
+            return self.down_proj(native_gated_(gate, up))
         gate = F.gelu(gate, approximate="tanh")  # in float32 inside, for 16-bit types too
-        return self.down_proj(gate * self.up_proj(x))
+        return self.down_proj(gate * up)
 
 
 class Block(nn.Module):
