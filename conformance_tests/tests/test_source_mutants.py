@@ -56,8 +56,8 @@ EDITS = [
     Edit(
         "norms exchanged", "model.py", "self.post_attention_layernorm(x)", "self.input_layernorm(x)"
     ),
-    Edit("gate added", "model.py", "(gate * self.up", "(gate + self.up"),
-    Edit("gate and up exchanged", "model.py", "gate = self.gate_proj(x)", "gate = self.up_proj(x)"),
+    Edit("gate added", "model.py", "(gate * up)", "(gate + up)"),
+    Edit("gate and up exchanged", "model.py", "gate, up = ", "up, gate = "),
     Edit("exact GELU", "model.py", ('"tanh"', "approximate=True"), ('"none"', "approximate=False")),
     Edit("no embedding scale", "model.py", "self.config.embedding_scale", "1.0"),
     Edit("no final norm", "model.py", "hidden_states[-1] = self.norm(x)", "hidden_states[-1] = x"),

@@ -62,13 +62,13 @@ inline void narrow(float value, BFloat16& to) {
   to.bits = value == value ? uint16_t((bits + to_even) >> 16) : uint16_t((bits >> 16) | 0x40u);
 }
 
-// The nearest numbers of a type, as float32.
+// The nearest numbers of a type, as float32. What is not a number came from one in 16 bits or from
+// the processor, and has nothing in its last bits that could be carried.
 inline Floats rounded(float, Floats v) { return v; }
 
 inline Floats rounded(BFloat16, Floats v) {
   const Words bits = (Words)v;
-  const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-  return v == v ? (Floats)nearest : (Floats)((bits | 0x400000u) & 0xffff0000u);
+  return (Floats)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
 // The converse of `widen`.
