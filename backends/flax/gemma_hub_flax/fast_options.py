@@ -8,8 +8,7 @@ class FlaxOptions:
     """How a model is run, but for its dtype and device.
 
     Attributes:
-        native: multiply few rows, and attend from one query, by C++ that is compiled for this
-            processor; see fast_native.py.
+        native: run few rows through C++ that is compiled for this processor; see fast_native.py.
     """
 
     native: bool = False

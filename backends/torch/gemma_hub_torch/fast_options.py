@@ -8,8 +8,8 @@ class TorchOptions:
     """How a model is run, but for its dtype and device.
 
     Attributes:
-        native: multiply few rows, attend from one query, and pass norms and gates once, by C++ that
-            is compiled for this processor; see fast_native.py.
+        native: run few rows, norms and gates through C++ that is compiled for this processor; see
+            fast_native.py.
         compile: run decoding steps of one row through torch.compile; see fast_compile.py.
     """
 
