@@ -20,15 +20,16 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/gemma-hub parity tiny --backends torch,flax --html $(REPORT)/parity.html --json $(REPORT)/parity.json
 	@echo "Open $(REPORT)/parity.html in a browser."
 
-# In two processes, which take about as long: the suite's own tests, and all others. With one thread
-# each for matrices: threads that wait for one another on busy cores take many times as long.
+# In two processes, which take about as long: the suite's own tests with those of the documents, and
+# all others. With one thread each for matrices: threads that wait for one another on busy cores take
+# many times as long.
 test: export OMP_NUM_THREADS = 1
 test: export OPENBLAS_NUM_THREADS = 1
 test: $(VENV)/.installed-tests
 	@mkdir -p $(REPORT)
-	@$(VENV)/bin/python -m pytest -q conformance_tests > $(REPORT)/conformance_tests.txt 2>&1 & suite=$$!; \
+	@$(VENV)/bin/python -m pytest -q conformance_tests docs > $(REPORT)/conformance_tests.txt 2>&1 & suite=$$!; \
 	trap "kill $$suite" INT TERM; \
-	$(VENV)/bin/python -m pytest -q tests backends plugins docs; rest=$$?; \
+	$(VENV)/bin/python -m pytest -q tests backends plugins; rest=$$?; \
 	wait $$suite; suite=$$?; \
 	cat $(REPORT)/conformance_tests.txt; \
 	exit $$((suite | rest))
