@@ -26,7 +26,7 @@ def refused(content, words: str) -> None:
     start = time.process_time()
     with pytest.raises(TokenizerError, match=words):
         GemmaTokenizerFast(data)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def changed(content, old, new):
@@ -181,7 +181,7 @@ def test_a_model_with_a_wrong_piece_is_refused(kind, model, place, new, words):
     start = time.process_time()
     with pytest.raises(TokenizerError, match=words):
         kind(b"".join(records) + settings)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_fields_of_a_model_in_any_order_and_kind_are_what_they_are_for_sentencepiece(model):

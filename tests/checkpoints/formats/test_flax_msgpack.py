@@ -263,7 +263,7 @@ def test_hostile_files(reason, tmp_path):
     pattern = "complete msgpack" if reason == "no complete msgpack" else reason
     with pytest.raises(CheckpointError, match=f"flax_model.msgpack.*{pattern}"):
         MsgpackFile(path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_the_good_ones_are_good(tmp_path):
@@ -280,7 +280,7 @@ def test_many_entries_are_refused_in_time(tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match="more than 10,000 values"):
         MsgpackFile(path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_every_type_and_its_bytes(tmp_path):
@@ -373,7 +373,7 @@ def test_a_config_of_far_too_many_layers(make_opened, tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match=r"29 arrays, and its config 10,000 layers"):
         FLAX.open(folder)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
     assert "10000 layers" in FLAX.objections(config, "base", PLAIN)[0]
 
 

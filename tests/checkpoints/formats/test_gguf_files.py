@@ -149,7 +149,7 @@ def test_hostile_headers(tmp_path: Path, case: str) -> None:
     start = time.process_time()
     with pytest.raises(CheckpointError, match=r"GGUF|types that are not read"):
         Gguf().open(path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_many_real_values_take_no_second(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_many_real_values_take_no_second(tmp_path: Path) -> None:
     start = time.process_time()
     with pytest.raises(CheckpointError, match="architecture None"):
         Gguf().open(path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 VALUES: dict[str, Any] = {
@@ -210,7 +210,7 @@ def test_values_of_another_kind(
             assert len(str(error)) < 2_000  # noqa: PT017
         else:
             assert sum(map(len, notes)) < 2_000
-        assert time.process_time() - start < 3
+        assert time.process_time() - start < 1
 
 
 def with_value(path: Path, key: str, value: Any) -> Path:

@@ -50,7 +50,7 @@ def read_all(folder):
         weights.read(name)
 
 
-def assert_refused(folder, reason, seconds=3.0):
+def assert_refused(folder, reason, seconds=1.0):
     start = time.process_time()
     with pytest.raises(CheckpointError, match=reason) as raised:
         read_all(folder)

@@ -345,7 +345,7 @@ def test_hostile_pickles(reason, data, tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin is not a complete.*{reason}"):
         opened(content, tmp_path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 CODE = [
@@ -384,7 +384,7 @@ def test_as_many_tensors_as_are_written_are_read_in_time(tmp_path):
     content = archive(b"}(" + items + b"u")
     start = time.process_time()
     assert len(opened(content, tmp_path).tensors) == MAX_TENSORS
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_one_tensor_made_again_and_again_is_refused_in_time(tmp_path):
@@ -395,7 +395,7 @@ def test_one_tensor_made_again_and_again_is_refused_in_time(tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match="makes more than 20,000 tensors"):
         opened(content, tmp_path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 # -- hostile archives ------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_hostile_archives(reason, content, tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match=f"pytorch_model.bin.*{reason}"):
         opened(content, tmp_path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_an_archive_with_the_end_of_zip64_is_read(tmp_path):
@@ -547,7 +547,7 @@ def test_many_records_are_refused_in_time(tmp_path):
     start = time.process_time()
     with pytest.raises(CheckpointError, match="10,001 records; expected at most 10,000"):
         opened(buffer.getvalue(), tmp_path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_what_is_no_file(tmp_path):
