@@ -8,12 +8,9 @@ from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from gemma_hub.backend import BuildOptions
 from gemma_hub.errors import InputError
-from gemma_hub_conformance import plugin
 from gemma_hub_conformance.diagnosis import diagnose, write_reproduction
 from gemma_hub_conformance.diagnosis.matching import KnownBugs
 from gemma_hub_conformance.engine import load_subject, run_conformance
@@ -28,14 +25,6 @@ from gemma_hub_numpy.model import Reference
 CHOSEN = {"options": ("native=true", "path=a\x01b"), "dtypes": ("float32", "bfloat16")}
 NARROW = ("float32", "bfloat16", "float16")  # what numpy has with a witness: float64 is refused
 WORDS = "torch with native=true, path=a\x01b (float32, bfloat16 only)"
-
-
-@pytest.fixture
-def run():
-    app = typer.Typer()
-    app.command("other")(lambda: None)
-    plugin.gemma_hub_cli(app)
-    return lambda *arguments: CliRunner().invoke(app, ["conformance", *map(str, arguments)])
 
 
 def given(option, values):

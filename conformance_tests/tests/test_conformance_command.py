@@ -5,21 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from gemma_hub_conformance import plugin
 from gemma_hub_conformance.pytest_plugin import ENVIRONMENT_VARIABLE
 
 CASE = "L2.forward.one_token"
-
-
-@pytest.fixture
-def run():
-    app = typer.Typer()
-    app.command("other")(lambda: None)
-    plugin.gemma_hub_cli(app)
-    return lambda *arguments: CliRunner().invoke(app, ["conformance", *arguments])
 
 
 @pytest.fixture

@@ -7,12 +7,10 @@ import time
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from gemma_hub.error_model import RATIO_LIMIT
 from gemma_hub.errors import InputError
-from gemma_hub_conformance import distances, plugin
+from gemma_hub_conformance import distances
 from gemma_hub_conformance.distances import REFERENCE, measure_distances
 from gemma_hub_conformance.mutants import all_mutants
 from gemma_hub_conformance.mutants.bank import DTYPES, FEATURES, StandInBackend, StandInModel
@@ -182,12 +180,9 @@ def test_progress_is_told(oracle):
 
 
 @pytest.fixture
-def run():
-    app = typer.Typer()
-    app.command("other")(lambda: None)
-    plugin.gemma_hub_cli(app)
-    case = ("--case", "L1.contract.devices")
-    return lambda *arguments: CliRunner().invoke(app, ["conformance", *arguments, *case])
+def run(run):
+    """Of one case that is quick."""
+    return lambda *arguments: run(*arguments, "--case", "L1.contract.devices")
 
 
 def test_the_command_compares_and_writes_it_down(run, tmp_path):
