@@ -52,3 +52,11 @@ def told_switches(kind: type) -> dict[str, str]:
         option.name: " ".join(told.get(option.name, "").split()).removesuffix(".")
         for option in dataclasses.fields(kind)
     }
+
+
+def option_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The values as one types them after `--option`, which reads them again."""
+    return tuple(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )

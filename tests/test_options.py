@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from gemma_hub import Gemma
-from gemma_hub.cli.texts import backend_options, option_texts
+from gemma_hub.cli.texts import backend_options
 from gemma_hub.errors import InputError
-from gemma_hub.options import read_switches, told_switches
+from gemma_hub.options import option_texts, read_switches, told_switches
 from gemma_hub.plugins.registry import plugin_registry
 
 

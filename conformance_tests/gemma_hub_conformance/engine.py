@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gemma_hub.backend import Backend, TaskSpec
-from gemma_hub.cli.texts import option_texts
 from gemma_hub.errors import InputError, nearest
+from gemma_hub.options import option_texts
 from gemma_hub.plugins.registry import PluginRegistry, plugin_registry
 from gemma_hub.plugins.trial import set_aside_what_kills
 from gemma_hub_conformance.cases import all_cases

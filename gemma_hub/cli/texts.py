@@ -58,14 +58,6 @@ def backend_options(given: Iterable[str] | None) -> dict[str, Any]:
     return options
 
 
-def option_texts(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values as one types them after `--option`; `backend_options` reads them again."""
-    return tuple(
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in options.items()
-    )
-
-
 def _option_value(text: str) -> bool | int | str:
     if text in {"true", "false"}:
         return text == "true"

@@ -130,6 +130,12 @@ def test_its_derivatives_are_those_of_the_plain_product(seed: int) -> None:
     np.testing.assert_allclose(rows, native(x, weight), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_no_rows_are_no_error(dtype: Any) -> None:
+    y = native_linear(jnp.empty((0, 7), dtype), jnp.ones((3, 7), dtype))
+    assert y.shape == (0, 3)
+
+
 # -- attention ------------------------------------------------------------------------------------
 
 
